@@ -1,0 +1,106 @@
+"""Frozen settings. `EngineConfig` is what a caller writes; "auto" values are None until resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sloraj.errors import ConfigError
+
+CHUNK = 128  # elements; every row of A and B in the pool starts on a chunk
+
+
+def div_ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that decides how an engine runs. All sizes in the unit of their name."""
+
+    model: str  # HF directory, or an Orbax directory written by `sloraj convert`
+    served_model_name: str | None = None  # None: the directory's name
+    adapters: tuple[tuple[str, str], ...] = ()  # (adapter_id, path), loaded before readiness
+    adapters_dir: str | None = None  # every sub-directory with an adapter_config.json
+    dtype: str | None = None  # None: bfloat16 on a GPU, float32 on CPU
+    tensor_parallel_size: int = 1
+    page_size: int = 16  # tokens a KV page
+    pool_bytes: int | None = None  # per device; None: what is left on a GPU, 256 MiB on CPU
+    max_model_len: int | None = None  # None: the model's, bounded by the pool
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_rank: int | None = None  # None: the largest rank among the adapters given, at least 64
+    max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
+    max_num_waiting: int = 1024
+    host_adapter_bytes: int | None = None  # None: no limit
+    kernels: str | None = None  # "xla", "triton"; None: triton on a GPU, xla on CPU
+    checked: bool = False  # compare page owner tags in every step
+    compilation_cache_dir: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "page_size", "max_num_seqs", "max_num_batched_tokens",
+                     "max_adapter_slots", "max_num_waiting"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, allowed: 1 and up", param=name)
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens: got {self.max_num_batched_tokens}, allowed: above "
+                f"max_num_seqs ({self.max_num_seqs}), so that a prefill always advances",
+                param="max_num_batched_tokens",
+            )
+        if self.max_rank is not None and not 1 <= self.max_rank <= 256:
+            raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
+        if self.kernels not in (None, "xla", "triton"):
+            raise ConfigError(
+                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton'", param="kernels"
+            )
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"dtype: got {self.dtype!r}, allowed: float32, bfloat16, float16", param="dtype"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLayout:
+    """Geometry of the page pool, per device. Elements, not bytes, unless the name says so."""
+
+    num_layers: int
+    num_kv_heads: int  # per device
+    head_dim: int
+    page_size: int  # tokens
+    tp: int
+    dtype: str
+
+    @property
+    def page_elems(self) -> int:
+        return 2 * self.page_size * self.num_kv_heads * self.head_dim  # 2: key and value
+
+    @property
+    def chunks_per_page(self) -> int:
+        return self.page_elems // CHUNK
+
+    def __post_init__(self) -> None:
+        if self.page_elems % CHUNK:
+            raise ConfigError(
+                f"page_size: got {self.page_size}, allowed: one that makes 2 * page_size * kv heads "
+                f"({self.num_kv_heads}) * head_dim ({self.head_dim}) a multiple of {CHUNK}",
+                param="page_size",
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """The resolved numbers that the host side (pages, adapters, scheduler) runs on."""
+
+    num_pages: int  # including the null page 0
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_adapter_slots: int
+    max_num_waiting: int
+    max_rank: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    host_adapter_bytes: int | None = None
+    install_pages_per_step: int = 256  # bounds the copies that one step waits behind
