@@ -1,0 +1,1 @@
+"""Tensor parallelism: the mesh, the one sharding table, and the collectives of the step."""

@@ -1,0 +1,325 @@
+"""Llama-family decoder in Flax NNX, written in the per-device view.
+
+Every array here is one device's part; the whole step runs inside one `jax.shard_map`. Axis letters:
+T tokens, D hidden, N query heads, K kv heads, H head_dim, F intermediate, V vocabulary (all per device).
+Weights keep the checkpoint's `[out, in]` layout: `y = x @ W.T` is `"td,nd->tn"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from checkpoints.model_config import ModelConfig
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_shrink import lora_shrink
+from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.tiles import LoraTiles, QueryTiles
+from sloraj.model.rope import rope_frequencies, rotate, rotation
+from sloraj.parallel.collectives import (
+    device_index,
+    gather_rank_rows,
+    gather_vocab,
+    sum_partial,
+)
+from sloraj.parallel.mesh import local_kv_heads
+from sloraj.parallel.sharding import ParamRule
+
+UNLIMITED = 2**31 - 1  # window of full attention
+Q, K, V, O, GATE, UP, DOWN = range(7)  # indices into TARGET_MODULES
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpec:
+    """What is fixed when a program is compiled."""
+
+    config: ModelConfig
+    tp: int
+    page_size: int
+    max_rank: int  # padded rank of the shrink outputs; a multiple of tp
+    kernels: str  # implementation of every op
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have valid False and page 0."""
+
+    token_ids: jax.Array  # [T]
+    positions: jax.Array  # [T]
+    rows: jax.Array  # [T] row-state index
+    pages: jax.Array  # [T] page that the token's key and value go to
+    offsets: jax.Array  # [T] place in that page
+    lengths: jax.Array  # [T] visible positions of a single-token row; 0 for padding
+    page_table: jax.Array  # [rows, pages_per_row]
+    slot_pages: jax.Array  # [slots, max_adapter_pages]
+    segments: jax.Array  # [layers, slots, 7, 4]
+    lora_tiles: LoraTiles
+    query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
+    return (wide * scale).astype(x.dtype) * weight
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x `[T, in]`, weight `[out, in]` -> `[T, out]` in x's dtype."""
+    y = jnp.einsum("td,nd->tn", x, weight, preferred_element_type=x.dtype)
+    return y if bias is None else y + bias[None, :]
+
+
+class _Parameters(nnx.Module):
+    """Holds the parameters that a table of rules names, as attributes."""
+
+    def __init__(self, rules: dict[str, ParamRule], dtype: jnp.dtype) -> None:
+        for name, rule in rules.items():
+            setattr(self, name, nnx.Param(jnp.zeros(rule.shape, dtype)))
+
+    def param(self, name: str) -> jax.Array | None:
+        holder = getattr(self, name, None)
+        return None if holder is None else holder[...]
+
+
+class DecoderLayer(_Parameters):
+    """One block: attention and MLP, each with the adapters' deltas."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        pool: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        inputs: StepInputs,
+        spec: StepSpec,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x `[T, D]`, pool `[pages, page_elems]` (keys and values of the step are written to it)."""
+        eps = spec.config.rms_norm_eps
+        with jax.named_scope("attention"):
+            h = rms_norm(x, self.input_norm[...], eps)
+            out, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
+            x = x + out
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.post_norm[...], eps)
+            return x + self._mlp(h, pool, layer, inputs, spec), pool
+
+    def _attention(
+        self,
+        h: jax.Array,
+        pool: jax.Array,
+        layer: jax.Array,
+        window: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        inputs: StepInputs,
+        spec: StepSpec,
+    ) -> tuple[jax.Array, jax.Array]:
+        config = spec.config
+        num_heads = config.num_heads // spec.tp
+        num_kv_heads = local_kv_heads(config, spec.tp)
+        q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
+        delta = _Delta(pool, layer, inputs, spec)
+        qkv = linear(h, self.qkv[...], self.param("qkv_bias"))
+        qkv = delta.column(qkv, h, (Q, K, V), (q_size, kv_size, kv_size))
+        q, k, v = jnp.split(qkv, [q_size, q_size + kv_size], axis=1)
+        q = q.reshape(-1, num_heads, config.head_dim)
+        k = k.reshape(-1, num_kv_heads, config.head_dim)
+        v = v.reshape(-1, num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], config.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], config.rms_norm_eps)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        pool = kv_write(
+            pool, k, v, inputs.pages, inputs.offsets,
+            page_size=spec.page_size, implementation=spec.kernels,
+        )  # fmt: skip
+        attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
+        attended = attended.reshape(-1, q_size)
+        delta = _Delta(pool, layer, inputs, spec)
+        partial = delta.row(linear(attended, self.o[...]), attended, O)
+        out = sum_partial(partial, spec.tp)
+        bias = self.param("o_bias")
+        return (out if bias is None else out + bias[None, :]), pool
+
+    def _mlp(
+        self, h: jax.Array, pool: jax.Array, layer: jax.Array, inputs: StepInputs, spec: StepSpec
+    ) -> jax.Array:
+        f = spec.config.intermediate_size // spec.tp
+        delta = _Delta(pool, layer, inputs, spec)
+        gate_up = linear(h, self.gate_up[...], self.param("gate_up_bias"))
+        gate_up = delta.column(gate_up, h, (GATE, UP), (f, f))
+        gate, up = jnp.split(gate_up, 2, axis=1)
+        h = jax.nn.silu(gate) * up
+        out = sum_partial(delta.row(linear(h, self.down[...]), h, DOWN), spec.tp)
+        bias = self.param("down_bias")
+        return out if bias is None else out + bias[None, :]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Delta:
+    """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2)."""
+
+    pool: jax.Array
+    layer: jax.Array
+    inputs: StepInputs
+    spec: StepSpec
+
+    def column(
+        self, base: jax.Array, x: jax.Array, modules: tuple[int, ...], out_sizes: tuple[int, ...]
+    ) -> jax.Array:
+        """Column-parallel: each device shrinks with its rank rows, then one fused all-gather."""
+        tp = self.spec.tp
+        v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
+        return self._expand(base, gather_rank_rows(v, tp), modules, out_sizes, jnp.int32(0))
+
+    def row(self, base: jax.Array, x: jax.Array, module: int) -> jax.Array:
+        """Row-parallel: the partial shrink is summed; the device adds its columns to its partial."""
+        tp = self.spec.tp
+        v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
+        columns = self.spec.config.hidden_size // tp
+        return self._expand(base, v, (module,), (columns,), device_index(tp) * columns)
+
+    def _shrink(
+        self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
+    ) -> jax.Array:
+        return lora_shrink(
+            x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
+            implementation=self.spec.kernels,
+        )  # fmt: skip
+
+    def _expand(
+        self,
+        base: jax.Array,
+        v: jax.Array,
+        modules: tuple[int, ...],
+        out_sizes: tuple[int, ...],
+        column_offset: jax.Array,
+    ) -> jax.Array:
+        return lora_expand(
+            base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
+            implementation=self.spec.kernels,
+        )  # fmt: skip
+
+
+def _attend(
+    q: jax.Array,
+    pool: jax.Array,
+    window: jax.Array,
+    num_kv_heads: int,
+    inputs: StepInputs,
+    spec: StepSpec,
+) -> jax.Array:
+    scale = spec.config.head_dim**-0.5
+    if inputs.query_tiles is None:
+        return paged_decode_attention(
+            q, pool, inputs.page_table, inputs.rows, inputs.lengths, window,
+            num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+            implementation=spec.kernels,
+        )  # fmt: skip
+    return paged_ragged_attention(
+        q, pool, inputs.page_table, inputs.query_tiles, window,
+        num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+        implementation=spec.kernels,
+    )  # fmt: skip
+
+
+class Ends(_Parameters):
+    """What stands before and after the layers: embedding, final norm, output projection."""
+
+    def embed_tokens(self, token_ids: jax.Array, spec: StepSpec) -> jax.Array:
+        """Vocabulary-sharded lookup, `[T]` -> `[T, D]`: one all-reduce under tensor parallelism."""
+        table = self.embed[...]
+        if spec.tp == 1:
+            return table[token_ids]
+        local = token_ids - device_index(spec.tp) * table.shape[0]
+        is_mine = (local >= 0) & (local < table.shape[0])
+        rows = table[jnp.where(is_mine, local, 0)]
+        return sum_partial(jnp.where(is_mine[:, None], rows, jnp.zeros_like(rows)), spec.tp)
+
+    def logits(self, x: jax.Array, spec: StepSpec) -> jax.Array:
+        """x `[B, D]` -> f32 `[B, V]`, the whole vocabulary on every device."""
+        x = rms_norm(x, self.norm[...], spec.config.rms_norm_eps)
+        table = self.param("lm_head")
+        table = self.embed[...] if table is None else table
+        local = jnp.einsum("bd,vd->bv", x, table, preferred_element_type=jnp.float32)
+        return gather_vocab(local, spec.tp)[:, : spec.config.vocab_size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Graph definitions and leaf orders, so that programs take flat tuples of arrays.
+
+    Merging NNX state inside a traced function costs nothing at run time, while passing modules through
+    `nnx.jit` costs tens of milliseconds a call.
+    """
+
+    spec: StepSpec
+    layer_rules: tuple[dict[str, ParamRule], ...]
+    end_rules: dict[str, ParamRule]
+    layer_graph: nnx.GraphDef[DecoderLayer]
+    ends_graph: nnx.GraphDef[Ends]
+
+    def layer(self, leaves: dict[str, jax.Array]) -> DecoderLayer:
+        return nnx.merge(self.layer_graph, _state(leaves))
+
+    def ends(self, leaves: dict[str, jax.Array]) -> Ends:
+        return nnx.merge(self.ends_graph, _state(leaves))
+
+
+def _state(leaves: dict[str, jax.Array]) -> nnx.State:
+    return nnx.State({name: nnx.Param(value) for name, value in leaves.items()})
+
+
+def abstract_model(
+    spec: StepSpec,
+    layer_rules: tuple[dict[str, ParamRule], ...],
+    end_rules: dict[str, ParamRule],
+    dtype: jnp.dtype,
+) -> Model:
+    """The model without its arrays."""
+    layer = nnx.eval_shape(lambda: DecoderLayer(layer_rules[0], dtype))
+    ends = nnx.eval_shape(lambda: Ends(end_rules, dtype))
+    return Model(
+        spec, layer_rules, end_rules, nnx.split(layer)[0], nnx.split(ends)[0]
+    )
+
+
+def forward(
+    model: Model,
+    ends_leaves: dict[str, jax.Array],
+    layer_leaves: list[dict[str, jax.Array]],
+    pools: list[jax.Array],
+    inputs: StepInputs,
+    logit_indices: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    """One step, per-device view: writes keys and values, returns f32 logits `[B, V]`.
+
+    The layer is an inner `jax.jit`, traced once for all layers: inlined layers cost seconds of tracing a
+    program, which no compilation cache saves.
+    """
+    spec = model.spec
+    ends = model.ends(ends_leaves)
+    inverse, factor = rope_frequencies(spec.config)
+    cos, sin = rotation(inputs.positions, inverse, factor)
+    window = jnp.int32(spec.config.sliding_window or UNLIMITED)
+
+    @jax.jit
+    def run_layer(
+        leaves: dict[str, jax.Array], x: jax.Array, pool: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return model.layer(leaves)(x, pool, layer, window, cos, sin, inputs, spec)
+
+    x = ends.embed_tokens(inputs.token_ids, spec)
+    pools = list(pools)
+    for index, leaves in enumerate(layer_leaves):
+        x, pools[index] = run_layer(leaves, x, pools[index], jnp.int32(index))
+    return pools, ends.logits(x[logit_indices], spec)

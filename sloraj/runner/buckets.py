@@ -1,0 +1,89 @@
+"""The fixed shapes that programs are compiled for, chosen once from the configuration."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+from sloraj.config import div_ceil
+
+SAMPLE_ROWS = (8, 64, 256)
+DECODE_BLOCK_ROWS = 8
+MIXED_BLOCK_ROWS = 32
+MIN_MIXED_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Shape of one forward program: its token count and the capacities that follow from it."""
+
+    num_tokens: int
+    num_logits: int  # rows that may be sampled; a sample bucket
+    is_decode: bool
+    num_appends: int  # page-table entries that may change in a step
+    block_rows: int
+    num_lora_tiles: int
+    block_q: int
+    num_query_tiles: int
+
+    @property
+    def name(self) -> str:
+        return f"{'decode' if self.is_decode else 'mixed'}-{self.num_tokens}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Buckets:
+    decode: tuple[Bucket, ...]
+    mixed: tuple[Bucket, ...]
+    sample: tuple[int, ...]
+
+    def pick(self, num_tokens: int, is_decode: bool) -> Bucket:
+        choices = self.decode if is_decode else self.mixed
+        sizes = [b.num_tokens for b in choices]
+        return choices[bisect.bisect_left(sizes, num_tokens)]
+
+
+def make_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, page_size: int, block_q: int
+) -> Buckets:
+    """Decode: powers of two up to max_num_seqs. Mixed: powers of two up to the token budget."""
+    sample = [n for n in SAMPLE_ROWS if n < max_num_seqs] + [max_num_seqs]
+
+    def fit(num_rows: int) -> int:
+        return sample[bisect.bisect_left(sample, num_rows)]
+
+    decode = tuple(
+        Bucket(
+            num_tokens=n,
+            num_logits=fit(n),
+            is_decode=True,
+            num_appends=n,
+            block_rows=min(DECODE_BLOCK_ROWS, n),
+            num_lora_tiles=n,
+            block_q=1,
+            num_query_tiles=n,
+        )
+        for n in _doubling(1, max_num_seqs)
+    )
+    mixed = tuple(
+        Bucket(
+            num_tokens=n,
+            num_logits=max_num_seqs,
+            is_decode=False,
+            num_appends=div_ceil(n, page_size) + 2 * max_num_seqs,
+            block_rows=MIXED_BLOCK_ROWS,
+            num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + max_num_seqs,
+            block_q=block_q,
+            num_query_tiles=div_ceil(n, block_q) + max_num_seqs,
+        )
+        for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
+    )
+    return Buckets(decode=decode, mixed=mixed, sample=tuple(sample))
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return [*sizes, last]

@@ -1,0 +1,280 @@
+"""The compiled programs. Each is a pure function of device arrays; the runner keeps and donates them.
+
+forward   tokens -> logits; writes keys and values into the donated pool      one a token bucket
+sample    logits -> tokens; updates last tokens and penalty counts            one a row bucket and variant
+reset     gives rows to new sequences
+count     counts prompt tokens for penalties
+install   copies adapter pages into the donated pool                          one a chunk size
+bind      points a slot at an installed version
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.tiles import LoraTiles, QueryTiles
+from sloraj.model.llama import Model, StepInputs, forward
+from sloraj.parallel.mesh import AXIS, replicated
+from sloraj.parallel.sharding import ParamRule
+from sloraj.runner.buckets import Bucket
+from sloraj.runner.packing import step_packing
+from sloraj.runner.rows import RowState, reset_rows
+from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sampled, sample
+
+POOL_SPEC = PartitionSpec(None, AXIS)
+STAGING_SPEC = PartitionSpec(None, None, AXIS)
+COUNT_TOKENS = 512  # tokens one count program takes
+WHOLE = PartitionSpec()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterTable:
+    """Where each slot's weights lie, i32. Slot 0 is the base model: nothing."""
+
+    slot_pages: jax.Array  # [slots, max_adapter_pages]
+    num_pages: jax.Array  # [slots]
+    segments: jax.Array  # [layers, slots, 7, 4]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardState:
+    """What a forward program replaces: donated and returned."""
+
+    pools: list[jax.Array]  # per layer [pages, page_elems]
+    page_table: jax.Array  # [rows, pages_per_row]
+    owners: jax.Array | None  # i32 [pages], in checked mode only
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleState:
+    """What a sample program replaces: donated and returned."""
+
+    last_token: jax.Array  # i32 [rows]
+    counts: TokenCounts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepLogits:
+    """What a forward program hands to a sample program."""
+
+    logits: jax.Array  # f32 [B, V]
+    rows: jax.Array  # i32 [B]; padding is the null row
+    positions: jax.Array  # i32 [B] of the tokens to draw
+    violations: jax.Array  # i32 [], checked mode
+
+
+def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
+    """(ends, layers, state, last_token, rows, table, buffer) -> (state, StepLogits)."""
+    packing = step_packing(bucket)
+
+    def step(
+        ends: dict[str, jax.Array],
+        layers: list[dict[str, jax.Array]],
+        state: ForwardState,
+        last_token: jax.Array,
+        rows: RowState,
+        table: AdapterTable,
+        buffer: jax.Array,
+    ) -> tuple[ForwardState, StepLogits]:
+        fields = packing.split(buffer)
+        append_rows, index, pages = fields["appends"].T
+        page_table = state.page_table.at[append_rows, index].set(pages)
+        owners = state.owners
+        violations = jnp.zeros((), jnp.int32)
+        if owners is not None:
+            owners = owners.at[pages].set(rows.tag[append_rows])
+            violations = _count_violations(owners, page_table, rows, table, fields)
+        inputs = _inputs(
+            fields, page_table, last_token, rows, table, bucket, model.spec.page_size
+        )
+        pools, logits = forward(
+            model, ends, layers, state.pools, inputs, fields["logit_indices"]
+        )
+        state = ForwardState(pools=pools, page_table=page_table, owners=owners)
+        return state, StepLogits(
+            logits=logits,
+            rows=fields["logit_rows"],
+            positions=fields["logit_positions"],
+            violations=violations,
+        )
+
+    state_spec = ForwardState(
+        pools=[POOL_SPEC] * len(model.layer_rules), page_table=WHOLE, owners=WHOLE
+    )
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(
+            _specs(model.end_rules),
+            [_specs(rules) for rules in model.layer_rules],
+            state_spec,
+            WHOLE,
+            WHOLE,
+            WHOLE,
+            WHOLE,
+        ),
+        out_specs=(state_spec, WHOLE),
+        check_vma=False,  # Pallas calls carry no varying-axes types
+    )
+    return jax.jit(sharded, donate_argnums=2)
+
+
+def _specs(rules: dict[str, ParamRule]) -> dict[str, PartitionSpec]:
+    return {name: rule.spec for name, rule in rules.items()}
+
+
+def _inputs(
+    fields: dict[str, jax.Array],
+    page_table: jax.Array,
+    last_token: jax.Array,
+    rows: RowState,
+    table: AdapterTable,
+    bucket: Bucket,
+    page_size: int,
+) -> StepInputs:
+    token_rows, positions = fields["rows"], fields["positions"]
+    is_token = jnp.arange(bucket.num_tokens, dtype=jnp.int32) < fields["num_tokens"]
+    pages = page_table[token_rows, positions // page_size]
+    query_tiles = None
+    if not bucket.is_decode:
+        row, q_start, q_len, position = fields["query_tiles"]
+        query_tiles = QueryTiles(
+            row=row, q_start=q_start, q_len=q_len, position=position,
+            num_tiles=fields["num_query_tiles"], block_q=bucket.block_q,
+        )  # fmt: skip
+    ids = fields["token_ids"]
+    return StepInputs(
+        token_ids=jnp.where(ids < 0, last_token[token_rows], ids),
+        positions=positions,
+        rows=token_rows,
+        pages=jnp.where(is_token, pages, 0),
+        offsets=positions % page_size,
+        lengths=jnp.where(is_token, positions + 1, 0),
+        page_table=page_table,
+        slot_pages=table.slot_pages,
+        segments=table.segments,
+        lora_tiles=LoraTiles(
+            row_order=fields["row_order"],
+            starts=fields["tile_starts"],
+            slots=fields["tile_slots"],
+            num_tiles=fields["num_tiles"],
+            block_rows=bucket.block_rows,
+        ),
+        query_tiles=query_tiles,
+    )
+
+
+def _count_violations(
+    owners: jax.Array,
+    page_table: jax.Array,
+    rows: RowState,
+    table: AdapterTable,
+    fields: dict[str, jax.Array],
+) -> jax.Array:
+    """Rows of this step that would read a page which is not theirs, or an adapter not leased."""
+    batch_rows = fields["batch_rows"]
+    null_row = page_table.shape[0] - 1
+    index = jnp.arange(page_table.shape[1], dtype=jnp.int32)[None, :]
+    is_read = index < fields["num_read_pages"][:, None]
+    is_own = owners[page_table[batch_rows]] == rows.tag[batch_rows][:, None]
+    slots = rows.slot[batch_rows]
+    index = jnp.arange(table.slot_pages.shape[1], dtype=jnp.int32)[None, :]
+    is_held = index < table.num_pages[slots][:, None]
+    is_leased = owners[table.slot_pages[slots]] == rows.adapter_tag[batch_rows][:, None]
+    is_wrong = (is_read & ~is_own).any(axis=1) | (is_held & ~is_leased).any(axis=1)
+    return (is_wrong & (batch_rows != null_row)).sum(dtype=jnp.int32)
+
+
+def sample_program(mesh: Mesh, variant: str) -> Any:
+    """(state, step_logits, rows) -> (state, ints, floats).
+
+    ints i32 `[B, 2]`: token, is_finite; with log-probabilities `[B, 2 + MAX_LOGPROBS]`. floats: None, or f32
+    `[B, 1 + MAX_LOGPROBS]`: of the drawn token, then of the most probable ones.
+    """
+
+    def step(
+        state: SampleState, step_logits: StepLogits, rows: RowState
+    ) -> tuple[SampleState, jax.Array, jax.Array | None]:
+        logit_rows = step_logits.rows
+        drawn = sample(
+            step_logits.logits,
+            logit_rows,
+            step_logits.positions,
+            rows.sampling,
+            state.counts,
+            variant,
+        )
+        counts = state.counts
+        if variant != GREEDY:
+            counts = count_sampled(counts, logit_rows, drawn.tokens)
+        state = SampleState(
+            last_token=state.last_token.at[logit_rows].set(drawn.tokens), counts=counts
+        )
+        ints = jnp.stack([drawn.tokens, drawn.is_finite.astype(jnp.int32)], axis=1)
+        if variant != LOGPROBS:
+            return state, ints, None
+        assert drawn.logprob is not None and drawn.top_ids is not None
+        assert drawn.top_logprobs is not None
+        floats = jnp.concatenate([drawn.logprob[:, None], drawn.top_logprobs], axis=1)
+        return state, jnp.concatenate([ints, drawn.top_ids], axis=1), floats
+
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+def reset_program(mesh: Mesh) -> Any:
+    """(rows, counts, buffer) -> (rows, counts)."""
+    return jax.jit(reset_rows, donate_argnums=(0, 1), out_shardings=replicated(mesh))
+
+
+def count_program(mesh: Mesh) -> Any:
+    """(counts, buffer i32 [3, COUNT_TOKENS]: row, token, is_output) -> counts."""
+
+    def step(counts: TokenCounts, buffer: jax.Array) -> TokenCounts:
+        rows, tokens, is_output = buffer
+        return count_known(counts, rows, tokens, is_output)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+
+
+def install_program(mesh: Mesh) -> Any:
+    """(pools, staging [pages, layers, elems], page ids [pages]) -> pools. Padding goes to page 0."""
+
+    def step(
+        pools: list[jax.Array], staging: jax.Array, pages: jax.Array
+    ) -> list[jax.Array]:
+        return [pool.at[pages].set(staging[:, layer]) for layer, pool in enumerate(pools)]
+
+    return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, POOL_SPEC))
+
+
+def bind_program(mesh: Mesh) -> Any:
+    """(table, owners, slot, num_pages, tag, pages, segments) -> (table, owners)."""
+
+    def step(
+        table: AdapterTable,
+        owners: jax.Array | None,
+        slot: jax.Array,
+        num_pages: jax.Array,
+        tag: jax.Array,
+        pages: jax.Array,
+        segments: jax.Array,
+    ) -> tuple[AdapterTable, jax.Array | None]:
+        if owners is not None:
+            owners = owners.at[pages].set(tag)
+        table = AdapterTable(
+            slot_pages=table.slot_pages.at[slot].set(pages),
+            num_pages=table.num_pages.at[slot].set(num_pages),
+            segments=table.segments.at[:, slot].set(segments),
+        )
+        return table, owners
+
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=replicated(mesh))

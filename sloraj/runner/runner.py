@@ -1,0 +1,344 @@
+"""Executes scheduled batches: keeps the device state, picks programs, moves bytes.
+
+A step is enqueued by `execute` and read by `collect`; between the two the host may enqueue the next one, so
+the device never waits for Python. Nothing here decides what runs: that is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from checkpoints.model_config import TARGET_MODULES
+from sloraj.batch import (
+    AdapterInstall,
+    SampledToken,
+    ScheduledBatch,
+    ScheduledRow,
+    StepResult,
+    TokenLogprobs,
+)
+from sloraj.config import PoolLayout
+from sloraj.model.llama import Model
+from sloraj.model.weights import Leaves
+from sloraj.parallel.mesh import replicated
+from sloraj.runner import programs
+from sloraj.runner.buckets import Buckets
+from sloraj.runner.compiles import CompileCounter
+from sloraj.runner.packing import known_token_ids, pack_step
+from sloraj.runner.rows import (
+    RESETS,
+    empty_counts,
+    empty_rows,
+    has_penalties,
+    needs_full_sampling,
+    pack_resets,
+)
+from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
+
+INSTALL_PAGES = (8, 1)  # pages an install program copies; large first
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Sizes of the device state."""
+
+    layout: PoolLayout
+    num_pages: int
+    max_num_seqs: int
+    max_model_len: int
+    max_adapter_slots: int  # slot 0 not counted
+    max_adapter_pages: int
+    checked: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepHandle:
+    """An enqueued step: which rows are sampled, and the arrays to wait for."""
+
+    batch: ScheduledBatch
+    sampled: tuple[ScheduledRow, ...]
+    logits: programs.StepLogits
+    ints: jax.Array | None
+    floats: jax.Array | None
+
+
+class DeviceRunner:
+    """Owns the pool, the adapter table, the row state and the programs (`sloraj.batch.Runner`)."""
+
+    def __init__(
+        self,
+        model: Model,
+        ends: Leaves,
+        layers: list[Leaves],
+        mesh: Mesh,
+        buckets: Buckets,
+        config: RunnerConfig,
+    ) -> None:
+        self._model, self._ends, self._layers = model, ends, layers
+        self._mesh, self._buckets, self._config = mesh, buckets, config
+        self._null_row = config.max_num_seqs
+        self._vocab_size = model.spec.config.vocab_size
+        self._compiles = CompileCounter()
+        self._num_steps = self._num_install_bytes = 0
+        self._make_state()
+        self._make_programs()
+
+    def _make_state(self) -> None:
+        config, layout = self._config, self._config.layout
+        num_rows, num_slots = config.max_num_seqs + 1, config.max_adapter_slots + 1
+        pages_per_row = -(-config.max_model_len // layout.page_size)
+        dtype = jnp.dtype(layout.dtype)
+        shape = (config.num_pages, layout.tp * layout.page_elems)
+        pool_sharding = NamedSharding(self._mesh, programs.POOL_SPEC)
+        zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=pool_sharding)
+        here = replicated(self._mesh)
+        self._state = programs.ForwardState(
+            pools=[zeros() for _ in range(layout.num_layers)],
+            page_table=jax.device_put(jnp.zeros((num_rows, pages_per_row), jnp.int32), here),
+            owners=jax.device_put(jnp.zeros(config.num_pages, jnp.int32), here)
+            if config.checked
+            else None,
+        )
+        self._rows = jax.device_put(empty_rows(num_rows, self._vocab_size), here)
+        self._sample_state = programs.SampleState(
+            last_token=jax.device_put(jnp.zeros(num_rows, jnp.int32), here),
+            counts=jax.device_put(empty_counts(num_rows, self._vocab_size), here),
+        )
+        self._table = jax.device_put(
+            programs.AdapterTable(
+                slot_pages=jnp.zeros((num_slots, config.max_adapter_pages), jnp.int32),
+                num_pages=jnp.zeros(num_slots, jnp.int32),
+                segments=jnp.zeros(
+                    (layout.num_layers, num_slots, len(TARGET_MODULES), 4), jnp.int32
+                ),
+            ),
+            here,
+        )
+
+    def _make_programs(self) -> None:
+        mesh = self._mesh
+        self._forward = {
+            bucket.name: programs.forward_program(self._model, mesh, bucket)
+            for bucket in (*self._buckets.decode, *self._buckets.mixed)
+        }
+        self._sample = {variant: programs.sample_program(mesh, variant) for variant in VARIANTS}
+        self._reset = programs.reset_program(mesh)
+        self._count = programs.count_program(mesh)
+        self._install = programs.install_program(mesh)
+        self._bind = programs.bind_program(mesh)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs compiled at start; none is compiled after."""
+        samples = len(VARIANTS) * len(self._buckets.sample)
+        return len(self._forward) + samples + len(INSTALL_PAGES) + 3  # reset, count, bind
+
+    # --- start ---------------------------------------------------------------------------------
+
+    def warm_up(self, progress: Progress, *, repeats: int = 1) -> None:
+        """Compile and run every program on the null row and the null page, then stop counting."""
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress("compile", done, self.num_programs)
+
+        for attempt in range(repeats + 1):
+            report = advance if attempt == 0 else lambda: None
+            self._run_every_program(report)
+        jax.block_until_ready(self._state.pools)
+        self._compiles.mark_ready()
+
+    def _run_every_program(self, report: Callable[[], None]) -> None:
+        self._reset_rows([])
+        report()
+        self._count_tokens(np.full((3, programs.COUNT_TOKENS), self._null_row, np.int32) * 0)
+        report()
+        self._bind_slot(0, 0, (), self._empty_segments())
+        report()
+        for size in INSTALL_PAGES:
+            self._install_pages(self._empty_staging(size), (0,) * size)
+            report()
+        logits_of: dict[int, programs.StepLogits] = {}
+        empty = ScheduledBatch(step=0, rows=())
+        for bucket in (*self._buckets.decode, *self._buckets.mixed):
+            buffer = pack_step(
+                empty, bucket, null_row=self._null_row, page_size=self._config.layout.page_size
+            )
+            logits_of[bucket.num_logits] = self._run_forward(bucket.name, buffer)
+            report()
+        for logits in logits_of.values():
+            for variant in VARIANTS:
+                self._run_sample(variant, logits)
+                report()
+
+    def _empty_segments(self) -> np.ndarray:
+        return np.zeros((self._config.layout.num_layers, len(TARGET_MODULES), 4), np.int32)
+
+    def _empty_staging(self, num_pages: int) -> np.ndarray:
+        layout = self._config.layout
+        shape = (num_pages, layout.num_layers, layout.tp * layout.page_elems)
+        return np.zeros(shape, jnp.dtype(layout.dtype))
+
+    # --- a step --------------------------------------------------------------------------------
+
+    def execute(self, batch: ScheduledBatch) -> StepHandle:
+        """Enqueue installs, row resets, the forward pass and sampling; never waits for the device."""
+        for install in batch.installs:
+            self._install_adapter(install)
+        resets = [row for row in batch.rows if row.is_reset]
+        for start in range(0, len(resets), RESETS):
+            self._reset_rows(resets[start : start + RESETS])
+        self._count_prefill(batch)
+        bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
+        buffer = pack_step(
+            batch, bucket, null_row=self._null_row, page_size=self._config.layout.page_size
+        )
+        logits = self._run_forward(bucket.name, buffer)
+        self._num_steps += 1
+        sampled = tuple(row for row in batch.rows if row.samples)
+        ints = floats = None
+        if sampled:
+            ints, floats = self._run_sample(_variant(sampled), logits)
+            ints.copy_to_host_async()
+        return StepHandle(batch, sampled, logits, ints, floats)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Wait for a step's tokens."""
+        tokens: list[SampledToken] = []
+        if handle.ints is None:
+            handle.logits.positions.block_until_ready()
+        else:
+            ints = np.asarray(handle.ints)
+            floats = None if handle.floats is None else np.asarray(handle.floats)
+            for i, row in enumerate(handle.sampled):
+                tokens.append(_sampled_token(row, ints[i], None if floats is None else floats[i]))
+        violations = int(handle.logits.violations) if self._config.checked else 0
+        return StepResult(handle.batch.step, tuple(tokens), violations)
+
+    def _run_forward(self, name: str, buffer: np.ndarray) -> programs.StepLogits:
+        self._state, logits = self._forward[name](
+            self._ends,
+            self._layers,
+            self._state,
+            self._sample_state.last_token,
+            self._rows,
+            self._table,
+            buffer,
+        )
+        return logits
+
+    def _run_sample(
+        self, variant: str, logits: programs.StepLogits
+    ) -> tuple[jax.Array, jax.Array | None]:
+        self._sample_state, ints, floats = self._sample[variant](
+            self._sample_state, logits, self._rows
+        )
+        return ints, floats
+
+    def _reset_rows(self, rows: list[ScheduledRow]) -> None:
+        buffer = pack_resets(rows, self._null_row, self._vocab_size)
+        self._rows, counts = self._reset(self._rows, self._sample_state.counts, buffer)
+        self._sample_state = dataclasses.replace(self._sample_state, counts=counts)
+
+    def _count_prefill(self, batch: ScheduledBatch) -> None:
+        """Let the penalties of rows that use them see the tokens computed in this step."""
+        known = [
+            (row.row, token, int(position >= row.sequence.num_prompt_tokens))
+            for row in batch.rows
+            if has_penalties(row.sequence.params)
+            for position, token in enumerate(known_token_ids(row), row.start)
+            if token >= 0 and not _was_sampled_here(row, position)
+        ]
+        for start in range(0, len(known), programs.COUNT_TOKENS):
+            part = known[start : start + programs.COUNT_TOKENS]
+            buffer = np.zeros((3, programs.COUNT_TOKENS), np.int32)
+            buffer[0] = self._null_row
+            buffer[:, : len(part)] = np.array(part, np.int32).T
+            self._count_tokens(buffer)
+
+    def _count_tokens(self, buffer: np.ndarray) -> None:
+        counts = self._count(self._sample_state.counts, buffer)
+        self._sample_state = dataclasses.replace(self._sample_state, counts=counts)
+
+    # --- adapters ------------------------------------------------------------------------------
+
+    def _install_adapter(self, install: AdapterInstall) -> None:
+        start, pages = 0, install.packed.pages
+        for size in INSTALL_PAGES:
+            while len(install.pages) - start >= size:
+                stop = start + size
+                self._install_pages(pages[start:stop], install.pages[start:stop])
+                start = stop
+        self._bind_slot(install.slot, install.tag, install.pages, install.packed.segments)
+        self._num_install_bytes += install.packed.num_bytes
+
+    def _install_pages(self, staging: np.ndarray, pages: tuple[int, ...]) -> None:
+        on_device = jax.device_put(staging, NamedSharding(self._mesh, programs.STAGING_SPEC))
+        pools = self._install(self._state.pools, on_device, np.array(pages, np.int32))
+        self._state = dataclasses.replace(self._state, pools=pools)
+
+    def _bind_slot(
+        self, slot: int, tag: int, pages: tuple[int, ...], segments: np.ndarray
+    ) -> None:
+        table_row = np.zeros(self._config.max_adapter_pages, np.int32)
+        table_row[: len(pages)] = pages
+        self._table, owners = self._bind(
+            self._table,
+            self._state.owners,
+            np.int32(slot),
+            np.int32(len(pages)),
+            np.int32(tag),
+            table_row,
+            segments,
+        )
+        self._state = dataclasses.replace(self._state, owners=owners)
+
+    # --- figures -------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "num_programs": self.num_programs,
+            "compiles_at_start": self._compiles.num_at_start,
+            "compiles_after_ready": self._compiles.num_after_ready,
+            "compile_s": self._compiles.seconds,
+            "num_runner_steps": self._num_steps,
+            "install_bytes": self._num_install_bytes,
+            "device_time_s": time.monotonic(),
+        }
+
+    def close(self) -> None:
+        self._compiles.close()
+
+
+def _variant(sampled: tuple[ScheduledRow, ...]) -> str:
+    params = [row.sequence.params for row in sampled]
+    if any(p.logprobs is not None for p in params):
+        return LOGPROBS
+    return FULL if any(needs_full_sampling(p) for p in params) else GREEDY
+
+
+def _was_sampled_here(row: ScheduledRow, position: int) -> bool:
+    """Whether the row's own sampling already counted this output token (a decode step's input)."""
+    return row.num_tokens == 1 and not row.is_reset and position >= row.sequence.num_prompt_tokens
+
+
+def _sampled_token(
+    row: ScheduledRow, ints: np.ndarray, floats: np.ndarray | None
+) -> SampledToken:
+    logprobs = None
+    wanted = row.sequence.params.logprobs
+    if wanted is not None and floats is not None:
+        top = zip(ints[2 : 2 + wanted].tolist(), floats[1 : 1 + wanted].tolist(), strict=True)
+        logprobs = TokenLogprobs(int(ints[0]), float(floats[0]), tuple(top))
+    return SampledToken(row.sequence, int(ints[0]), bool(ints[1]), logprobs)
