@@ -1,7 +1,7 @@
-"""How a step's token rows are cut into tiles: arrays made on the host, read by kernels and references.
+"""How a step's token rows are cut into tiles: arrays made on the host, read by every kernel.
 
-Both kinds have a fixed capacity G, so that a program's shapes never change; entries past `num_tiles` are
-padding. Indices are int32.
+Both kinds have a fixed capacity G, so that a program's shapes never change; entries past
+`num_tiles` are padding. Indices are int32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax
 class LoraTiles:
     """Token rows grouped by adapter slot. A tile has one slot and at most `block_rows` rows.
 
-    Tile g covers rows `row_order[starts[g] : starts[g + 1]]`, all of slot `slots[g]`. Base-model rows and
-    padding rows are in no tile, so they cost nothing. Tiles are in ascending order of starts.
+    Tile g covers rows `row_order[starts[g] : starts[g + 1]]`, all of slot `slots[g]`. Base-model
+    rows and padding rows are in no tile, so they cost nothing. Tiles ascend in their starts.
     """
 
     row_order: jax.Array  # [T]; rows in tiles first, the rest is padding
@@ -30,7 +30,7 @@ class LoraTiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class QueryTiles:
-    """Query tokens of a ragged step. A tile has at most `block_q` consecutive tokens of one sequence.
+    """Query tokens of a ragged step. A tile has at most `block_q` successive ones of one sequence.
 
     Tile g covers tokens `[q_start[g], q_start[g] + q_len[g])`, whose absolute positions start at
     `position[g]`; keys and values are found through `page_table[row[g]]`, whose first

@@ -1,0 +1,103 @@
+"""LoRA expand: bring each row back from its adapter's rank space and add it to the base output."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
+from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.tiles import LoraTiles
+
+
+def lora_expand_reference(
+    base: jax.Array,
+    v: jax.Array,
+    pool: jax.Array,
+    slot_pages: jax.Array,
+    segments: jax.Array,
+    layer: jax.Array,
+    tiles: LoraTiles,
+    column_offset: jax.Array,
+    *,
+    modules: tuple[int, ...],
+    out_sizes: tuple[int, ...],
+) -> jax.Array:
+    """The specification of `lora_expand`: tile by tile, one dense product a module."""
+    num_ranks = v.shape[2]
+    rank_index = jnp.arange(num_ranks, dtype=jnp.int32)
+
+    def expand_tile(tile: jax.Array, y: jax.Array) -> jax.Array:
+        rows, slot = tile_rows(tiles, tile), tiles.slots[tile]
+        y_rows = y.at[rows].get(mode="fill", fill_value=0)
+        column = column_offset
+        for i, (module, out_size) in enumerate(zip(modules, out_sizes, strict=True)):
+            segment = segments[layer, slot, module]
+            rank = true_rank(segment)
+            lora_b = gather_rows(
+                pool, slot_pages[slot], segment[2], rank, num_rows=num_ranks, width=out_size
+            )
+            v_rows = v.at[rows, i].get(mode="fill", fill_value=0)
+            v_rows = jnp.where(rank_index[None, :] < rank, v_rows, 0.0)
+            delta = jnp.einsum("tr,rn->tn", v_rows, lora_b, precision="highest")
+            old = jax.lax.dynamic_slice_in_dim(y_rows, column, out_size, axis=1)
+            new = (old.astype(jnp.float32) + delta).astype(y.dtype)
+            new = jnp.where(rank > 0, new, old)  # an absent module leaves even -0.0 as it is
+            y_rows = jax.lax.dynamic_update_slice_in_dim(y_rows, new, column, axis=1)
+            column = column + out_size
+        return y.at[rows].set(y_rows, mode="drop")
+
+    y: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles[0], expand_tile, base)
+    return y
+
+
+def lora_expand(
+    base: jax.Array,
+    v: jax.Array,
+    pool: jax.Array,
+    slot_pages: jax.Array,
+    segments: jax.Array,
+    layer: jax.Array,
+    tiles: LoraTiles,
+    column_offset: jax.Array,
+    *,
+    modules: tuple[int, ...],
+    out_sizes: tuple[int, ...],
+    implementation: str,
+) -> jax.Array:
+    """Add each row's low-rank product to the base output, several modules side by side.
+
+    Semantics: y = base, and for rows t in tiles, m = modules[i] present, n < out_sizes[i]:
+               y[t, column_offset + sum(out_sizes[:i]) + n] += sum_{k < rank} v[t, i, k] B_m[k, n].
+    Args:      base: `[T, W]`, given up to the result where the compiler can.
+               v: f32 `[T, len(modules), R]`, R at least the rank of every slot in tiles.
+               column_offset: i32 scalar. The rest as in `lora_shrink`.
+    Returns:   y: base's dtype, `[T, W]`; f32 accumulation, base included, and one rounding.
+    Raises:    ValueError: shapes disagree or the implementation is unknown.
+    Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.
+    Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
+    """
+    check_adapter_tables(slot_pages, segments)
+    num_tokens = tiles.row_order.shape[0]
+    if base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
+        raise ValueError(
+            f"base has shape {base.shape}, not [{num_tokens}, at least {sum(out_sizes)}]"
+        )
+    if len(out_sizes) != len(modules):
+        raise ValueError(f"{len(out_sizes)} out_sizes for {len(modules)} modules")
+    if v.ndim != 3 or v.shape[:2] != (num_tokens, len(modules)):
+        raise ValueError(f"v has shape {v.shape}, not [{num_tokens}, {len(modules)}, R]")
+    if implementation == "xla":
+        return lora_expand_reference(
+            base,
+            v,
+            pool,
+            slot_pages,
+            segments,
+            layer,
+            tiles,
+            column_offset,
+            modules=modules,
+            out_sizes=out_sizes,
+        )
+    raise unknown_implementation(implementation)

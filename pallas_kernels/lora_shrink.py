@@ -1,0 +1,92 @@
+"""LoRA shrink: project each row into its adapter's rank space, straight from the page pool."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
+from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.tiles import LoraTiles
+
+
+def lora_shrink_reference(
+    x: jax.Array,
+    pool: jax.Array,
+    slot_pages: jax.Array,
+    segments: jax.Array,
+    layer: jax.Array,
+    tiles: LoraTiles,
+    *,
+    modules: tuple[int, ...],
+    num_rows: int,
+    rank_split: int,
+) -> jax.Array:
+    """The specification of `lora_shrink`: tile by tile, one dense product a module."""
+    num_tokens, width = x.shape
+
+    def shrink_tile(tile: jax.Array, v: jax.Array) -> jax.Array:
+        rows, slot = tile_rows(tiles, tile), tiles.slots[tile]
+        x_rows = x.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
+        for i, module in enumerate(modules):
+            segment = segments[layer, slot, module]
+            lora_a = gather_rows(
+                pool,
+                slot_pages[slot],
+                segment[1],
+                (true_rank(segment) + rank_split - 1) // rank_split,
+                num_rows=num_rows,
+                width=width,
+            )
+            product = jnp.einsum("td,rd->tr", x_rows, lora_a, precision="highest")
+            v = v.at[rows, i].set(product, mode="drop")
+        return v
+
+    v = jnp.zeros((num_tokens, len(modules), num_rows), jnp.float32)
+    shrunk: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles[0], shrink_tile, v)
+    return shrunk
+
+
+def lora_shrink(
+    x: jax.Array,
+    pool: jax.Array,
+    slot_pages: jax.Array,
+    segments: jax.Array,
+    layer: jax.Array,
+    tiles: LoraTiles,
+    *,
+    modules: tuple[int, ...],
+    num_rows: int,
+    rank_split: int,
+    implementation: str,
+) -> jax.Array:
+    """Project rows into the rank space of their adapters, several modules of one input at once.
+
+    Semantics: v[t, i, j] = sum_d x[t, d] * A_m[j, d]  for rows t in tiles, m = modules[i] present,
+               j < ceil(rank / rank_split); everything else in v is undefined.
+    Args:      x: `[T, in]`. pool: `[num_pages, page_elems]`, of x's dtype or another float.
+               slot_pages: i32 `[S, max_adapter_pages]`. segments: i32 `[L, S, 7, 4]`.
+               layer: i32 scalar.
+               num_rows: rows of v, at least ceil(rank / rank_split) of every slot in tiles.
+               rank_split: devices over which the rank rows are dealt (1 for o and down).
+    Returns:   v: f32 `[T, len(modules), num_rows]`.
+    Raises:    ValueError: shapes disagree or the implementation is unknown.
+    Cost:      reads each tile's A once: rank / rank_split * in elements a tile and module.
+    Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
+    """
+    check_adapter_tables(slot_pages, segments)
+    if x.ndim != 2 or x.shape[0] != tiles.row_order.shape[0]:
+        raise ValueError(f"x has shape {x.shape}, but tiles order {tiles.row_order.shape[0]} rows")
+    if implementation == "xla":
+        return lora_shrink_reference(
+            x,
+            pool,
+            slot_pages,
+            segments,
+            layer,
+            tiles,
+            modules=modules,
+            num_rows=num_rows,
+            rank_split=rank_split,
+        )
+    raise unknown_implementation(implementation)

@@ -1,0 +1,184 @@
+"""Attention over the page pool: one query token a sequence (decode), or tiles of them (ragged).
+
+Keys and values are written first and found by absolute position, so that decode, prefill and
+chunked prefill mean the same thing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.tiles import QueryTiles
+
+
+def _attend(
+    q: jax.Array, kv: jax.Array, position: jax.Array, length: jax.Array, window: jax.Array
+) -> jax.Array:
+    """Softmax attention of one sequence in f32; a query that sees no key gets zeros.
+
+    Args: q: f32 `[Q, K, G, H]`, scaled. kv: `[pages, 2, K, page_size, H]`. position: i32 `[Q]`,
+          of each query. length: i32 scalar, written positions. window: i32 scalar.
+    """
+    num_pages, _, num_kv_heads, page_size, head_dim = kv.shape
+    kv = kv.astype(jnp.float32).transpose(1, 2, 0, 3, 4)
+    keys, values = kv.reshape(2, num_kv_heads, num_pages * page_size, head_dim)
+    place = jnp.arange(num_pages * page_size, dtype=jnp.int32)
+    # past the sequence lies another's leftover; were it NaN, a zero weight would not cancel it
+    values = jnp.where((place < length)[None, :, None], values, 0.0)
+    distance = position[:, None] - place[None, :]
+    visible = (distance >= 0) & (distance < window) & (place < length)[None, :]
+    visible = visible[:, None, None, :]
+
+    scores = jnp.einsum("qkgh,ksh->qkgs", q, keys, precision="highest")
+    scores = jnp.where(visible, scores, -jnp.inf)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
+    total = jnp.sum(weights, axis=-1)[..., None]
+    out = jnp.einsum("qkgs,ksh->qkgh", weights, values, precision="highest")
+    return jnp.where(total > 0, out / total, 0.0)
+
+
+def _as_kv_pages(pool: jax.Array, num_kv_heads: int, page_size: int, head_dim: int) -> jax.Array:
+    page_elems = 2 * num_kv_heads * page_size * head_dim
+    if pool.ndim != 2 or pool.shape[1] != page_elems:
+        raise ValueError(f"pool has shape {pool.shape}, not [num_pages, {page_elems}]")
+    return pool.reshape(-1, 2, num_kv_heads, page_size, head_dim)
+
+
+def _grouped_queries(q: jax.Array, num_kv_heads: int, scale: float) -> jax.Array:
+    """Queries `[T, N, H]` as scaled f32 `[T, K, G, H]`, grouped by the kv head that they share."""
+    num_tokens, num_heads, head_dim = q.shape
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads are not a multiple of {num_kv_heads} kv heads")
+    q = q.astype(jnp.float32) * scale
+    return q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+
+
+def paged_decode_attention_reference(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+) -> jax.Array:
+    """The specification of `paged_decode_attention`: all rows at once, whole page tables."""
+    kv_pages = _as_kv_pages(pool, num_kv_heads, page_size, q.shape[2])
+    grouped = _grouped_queries(q, num_kv_heads, scale)[:, None]
+    positions = (lengths - 1)[:, None]
+    kv = kv_pages[page_table[rows]]
+    out = jax.vmap(_attend, in_axes=(0, 0, 0, 0, None))(grouped, kv, positions, lengths, window)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def paged_ragged_attention_reference(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    tiles: QueryTiles,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+) -> jax.Array:
+    """The specification of `paged_ragged_attention`: tile by tile, the row's whole page table."""
+    num_tokens, num_heads, head_dim = q.shape
+    kv_pages = _as_kv_pages(pool, num_kv_heads, page_size, head_dim)
+    grouped = _grouped_queries(q, num_kv_heads, scale)
+    place = jnp.arange(tiles.block_q, dtype=jnp.int32)
+
+    def attend_tile(tile: jax.Array, out: jax.Array) -> jax.Array:
+        tokens = jnp.where(place < tiles.q_len[tile], tiles.q_start[tile] + place, num_tokens)
+        attended = _attend(
+            grouped.at[tokens].get(mode="fill", fill_value=0),
+            kv_pages[page_table[tiles.row[tile]]],
+            tiles.position[tile] + place,
+            tiles.position[tile] + tiles.q_len[tile],
+            window,
+        )
+        attended = attended.reshape(tiles.block_q, num_heads, head_dim).astype(q.dtype)
+        return out.at[tokens].set(attended, mode="drop")
+
+    out: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles[0], attend_tile, jnp.zeros_like(q))
+    return out
+
+
+def paged_decode_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    rows: jax.Array,
+    lengths: jax.Array,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+    implementation: str,
+) -> jax.Array:
+    """Attention of one query token a sequence over its pages.
+
+    Semantics: out[t] = softmax(scale * q[t] . k[p]) . v[p] over the positions p < lengths[t] with
+               lengths[t] - 1 - p < window, found in pages page_table[rows[t], p // page_size].
+    Args:      q: `[T, N, H]`. pool: `[num_pages, 2 * K * page_size * H]`.
+               page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[T]`; length 0
+               marks padding. window: i32 scalar.
+    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0.
+    Raises:    ValueError: shapes disagree or the implementation is unknown.
+    Source:    Flash-Decoding (Dao et al., 2023); PagedAttention (arXiv:2309.06180).
+    """
+    if implementation == "xla":
+        return paged_decode_attention_reference(
+            q,
+            pool,
+            page_table,
+            rows,
+            lengths,
+            window,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+        )
+    raise unknown_implementation(implementation)
+
+
+def paged_ragged_attention(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    tiles: QueryTiles,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+    implementation: str,
+) -> jax.Array:
+    """Causal attention of tiles of query tokens over the pages of their sequences.
+
+    Semantics: the token at place i of tile g has position P = position[g] + i and attends to the
+               positions p <= P with P - p < window of sequence row[g].
+    Args:      as `paged_decode_attention`; tiles say which tokens are of which sequence, and where.
+    Returns:   `[T, N, H]` of q's dtype; zeros for tokens in no tile.
+    Raises:    ValueError: shapes disagree or the implementation is unknown.
+    Source:    FlashAttention-2 (arXiv:2307.08691); PagedAttention (arXiv:2309.06180).
+    """
+    if implementation == "xla":
+        return paged_ragged_attention_reference(
+            q,
+            pool,
+            page_table,
+            tiles,
+            window,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+        )
+    raise unknown_implementation(implementation)
