@@ -35,6 +35,7 @@ class EngineConfig:
     kernels: str | None = None  # "xla", "triton"; None: triton on a GPU, xla on CPU
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None
+    random_weights: bool = False  # benchmarks: only config.json is read
     seed: int = 0
 
     def __post_init__(self) -> None:

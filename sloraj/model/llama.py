@@ -63,9 +63,10 @@ class StepInputs:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis; weight is `[features]`."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
-    return (wide * scale).astype(x.dtype) * weight
+    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:

@@ -68,7 +68,8 @@ def _load_one(
 
 def _host_parts(source: TensorSource, piece: Piece) -> list[np.ndarray]:
     tensor = source.read(piece.tensor)
-    part = tensor[piece.rows] if piece.columns is None else tensor[piece.rows, piece.columns]
+    part = tensor if piece.rows is None else tensor[piece.rows]
+    part = part if piece.columns is None else part[:, piece.columns]
     parts = [np.ascontiguousarray(part)] if part.shape[0] or not piece.pad_rows else []
     if piece.pad_rows:
         parts.append(np.zeros((piece.pad_rows, *tensor.shape[1:]), tensor.dtype))

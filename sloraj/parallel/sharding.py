@@ -26,7 +26,7 @@ class Piece:
     """`tensor[rows, columns]` of a checkpoint; `pad_rows` zero rows follow it."""
 
     tensor: str
-    rows: slice = slice(None)
+    rows: slice | None = None
     columns: slice | None = None
     pad_rows: int = 0
 

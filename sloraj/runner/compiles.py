@@ -1,10 +1,19 @@
-"""Counts XLA compilations, to prove that no request triggers one after readiness."""
+"""Compiles the programs at start, several at a time, and counts compilations ever after.
+
+The count proves that no request triggers a compilation after readiness.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.monitoring
+import jax.numpy as jnp
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -32,3 +41,42 @@ class CompileCounter:
             self.num_after_ready += 1
         else:
             self.num_at_start += 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompileJob:
+    """A jitted function and the abstract arguments it is compiled for."""
+
+    key: tuple[Any, ...]
+    program: Any
+    arguments: tuple[Any, ...]
+
+
+def abstract(tree: Any) -> Any:
+    """The tree's shapes, dtypes and shardings, without its data."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    """An i32 argument that comes from the host."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def compile_all(
+    jobs: list[CompileJob], progress: Callable[[str, int, int], None]
+) -> dict[tuple[Any, ...], Any]:
+    """Compiled programs by key. Tracing is sequential, XLA's work runs on all cores.
+
+    Calling a compiled program with other shapes is an error, never a compilation.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        futures = {
+            pool.submit(job.program.lower(*job.arguments).compile): job.key for job in jobs
+        }
+        compiled = {}
+        for future in concurrent.futures.as_completed(futures):
+            compiled[futures[future]] = future.result()
+            progress("compile", len(compiled), len(jobs))
+    return compiled

@@ -72,6 +72,20 @@ class StepLogits:
     violations: jax.Array  # i32 [], checked mode
 
 
+def abstract_logits(mesh: Mesh, num_logits: int, vocab_size: int) -> StepLogits:
+    """Shapes of what a forward program returns, for compiling sample programs."""
+
+    def like(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+    return StepLogits(
+        logits=like((num_logits, vocab_size), jnp.float32),
+        rows=like((num_logits,), jnp.int32),
+        positions=like((num_logits,), jnp.int32),
+        violations=like((), jnp.int32),
+    )
+
+
 def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
     """(ends, layers, state, last_token, rows, table, buffer) -> (state, StepLogits)."""
     packing = step_packing(bucket)

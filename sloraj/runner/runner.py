@@ -7,7 +7,6 @@ the device never waits for Python. Nothing here decides what runs: that is the s
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +29,11 @@ from sloraj.model.llama import Model
 from sloraj.model.weights import Leaves
 from sloraj.parallel.mesh import replicated
 from sloraj.runner import programs
-from sloraj.runner.buckets import Buckets
-from sloraj.runner.compiles import CompileCounter
-from sloraj.runner.packing import known_token_ids, pack_step
+from sloraj.runner.buckets import Bucket, Buckets
+from sloraj.runner.compiles import CompileCounter, CompileJob, abstract, compile_all, ints
+from sloraj.runner.packing import known_token_ids, pack_step, step_packing
 from sloraj.runner.rows import (
+    RESET_PACKING,
     RESETS,
     empty_counts,
     empty_rows,
@@ -67,7 +67,7 @@ class StepHandle:
     batch: ScheduledBatch
     sampled: tuple[ScheduledRow, ...]
     logits: programs.StepLogits
-    ints: jax.Array | None
+    drawn: jax.Array | None
     floats: jax.Array | None
 
 
@@ -88,9 +88,10 @@ class DeviceRunner:
         self._null_row = config.max_num_seqs
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
+        self._known_at_reset: dict[int, int] = {}
         self._num_steps = self._num_install_bytes = 0
+        self._programs: dict[tuple[Any, ...], Any] = {}
         self._make_state()
-        self._make_programs()
 
     def _make_state(self) -> None:
         config, layout = self._config, self._config.layout
@@ -124,63 +125,90 @@ class DeviceRunner:
             here,
         )
 
-    def _make_programs(self) -> None:
-        mesh = self._mesh
-        self._forward = {
-            bucket.name: programs.forward_program(self._model, mesh, bucket)
-            for bucket in (*self._buckets.decode, *self._buckets.mixed)
-        }
-        self._sample = {variant: programs.sample_program(mesh, variant) for variant in VARIANTS}
-        self._reset = programs.reset_program(mesh)
-        self._count = programs.count_program(mesh)
-        self._install = programs.install_program(mesh)
-        self._bind = programs.bind_program(mesh)
+    # --- start ---------------------------------------------------------------------------------
 
     @property
     def num_programs(self) -> int:
         """Programs compiled at start; none is compiled after."""
         samples = len(VARIANTS) * len(self._buckets.sample)
-        return len(self._forward) + samples + len(INSTALL_PAGES) + 3  # reset, count, bind
-
-    # --- start ---------------------------------------------------------------------------------
+        forwards = len(self._buckets.decode) + len(self._buckets.mixed)
+        return forwards + samples + len(INSTALL_PAGES) + 3  # reset, count, bind
 
     def warm_up(self, progress: Progress, *, repeats: int = 1) -> None:
-        """Compile and run every program on the null row and the null page, then stop counting."""
-        done = 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            progress("compile", done, self.num_programs)
-
-        for attempt in range(repeats + 1):
-            report = advance if attempt == 0 else lambda: None
-            self._run_every_program(report)
+        """Compile every program, run each on the null row and the null page, then stop counting."""
+        self._programs = compile_all(self._jobs(), progress)
+        for _ in range(repeats):
+            self._run_every_program()
         jax.block_until_ready(self._state.pools)
         self._compiles.mark_ready()
 
-    def _run_every_program(self, report: Callable[[], None]) -> None:
+    def _jobs(self) -> list[CompileJob]:
+        """Every program with the shapes it is compiled for. Calls must match them exactly."""
+        mesh, layout = self._mesh, self._config.layout
+        state, samples, rows, table = abstract(
+            (self._state, self._sample_state, self._rows, self._table)
+        )
+        jobs = [
+            CompileJob(
+                ("forward", bucket.name),
+                programs.forward_program(self._model, mesh, bucket),
+                (*abstract((self._ends, self._layers)), state, samples.last_token, rows, table,
+                 ints(step_packing(bucket).size)),
+            )
+            for bucket in (*self._buckets.decode, *self._buckets.mixed)
+        ]  # fmt: skip
+        for num_logits in self._buckets.sample:
+            logits = programs.abstract_logits(mesh, num_logits, self._vocab_size)
+            jobs += [
+                CompileJob(
+                    ("sample", variant, num_logits),
+                    programs.sample_program(mesh, variant),
+                    (samples, logits, rows),
+                )
+                for variant in VARIANTS
+            ]
+        staging = NamedSharding(mesh, programs.STAGING_SPEC)
+        shape = (layout.num_layers, layout.tp * layout.page_elems)
+        jobs += [
+            CompileJob(
+                ("install", size),
+                programs.install_program(mesh),
+                (state.pools, jax.ShapeDtypeStruct((size, *shape), layout.dtype, sharding=staging),
+                 ints(size)),
+            )
+            for size in INSTALL_PAGES
+        ]  # fmt: skip
+        segments = self._empty_segments().shape
+        return [
+            *jobs,
+            CompileJob(
+                ("bind",),
+                programs.bind_program(mesh),
+                (table, state.owners, ints(), ints(), ints(), ints(self._config.max_adapter_pages),
+                 ints(*segments)),
+            ),
+            CompileJob(
+                ("reset",), programs.reset_program(mesh), (rows, samples.counts, ints(RESET_PACKING.size))
+            ),
+            CompileJob(
+                ("count",), programs.count_program(mesh),
+                (samples.counts, ints(3, programs.COUNT_TOKENS)),
+            ),
+        ]  # fmt: skip
+
+    def _run_every_program(self) -> None:
         self._reset_rows([])
-        report()
-        self._count_tokens(np.full((3, programs.COUNT_TOKENS), self._null_row, np.int32) * 0)
-        report()
+        self._count_tokens(self._count_buffer([]))
         self._bind_slot(0, 0, (), self._empty_segments())
-        report()
         for size in INSTALL_PAGES:
             self._install_pages(self._empty_staging(size), (0,) * size)
-            report()
         logits_of: dict[int, programs.StepLogits] = {}
         empty = ScheduledBatch(step=0, rows=())
         for bucket in (*self._buckets.decode, *self._buckets.mixed):
-            buffer = pack_step(
-                empty, bucket, null_row=self._null_row, page_size=self._config.layout.page_size
-            )
-            logits_of[bucket.num_logits] = self._run_forward(bucket.name, buffer)
-            report()
+            logits_of[bucket.num_logits] = self._run_forward(bucket, empty)
         for logits in logits_of.values():
             for variant in VARIANTS:
                 self._run_sample(variant, logits)
-                report()
 
     def _empty_segments(self) -> np.ndarray:
         return np.zeros((self._config.layout.num_layers, len(TARGET_MODULES), 4), np.int32)
@@ -201,33 +229,32 @@ class DeviceRunner:
             self._reset_rows(resets[start : start + RESETS])
         self._count_prefill(batch)
         bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
-        buffer = pack_step(
-            batch, bucket, null_row=self._null_row, page_size=self._config.layout.page_size
-        )
-        logits = self._run_forward(bucket.name, buffer)
+        logits = self._run_forward(bucket, batch)
         self._num_steps += 1
         sampled = tuple(row for row in batch.rows if row.samples)
-        ints = floats = None
+        drawn = floats = None
         if sampled:
-            ints, floats = self._run_sample(_variant(sampled), logits)
-            ints.copy_to_host_async()
-        return StepHandle(batch, sampled, logits, ints, floats)
+            drawn, floats = self._run_sample(_variant(sampled), logits)
+            drawn.copy_to_host_async()
+        return StepHandle(batch, sampled, logits, drawn, floats)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a step's tokens."""
         tokens: list[SampledToken] = []
-        if handle.ints is None:
+        if handle.drawn is None:
             handle.logits.positions.block_until_ready()
         else:
-            ints = np.asarray(handle.ints)
+            drawn = np.asarray(handle.drawn)
             floats = None if handle.floats is None else np.asarray(handle.floats)
             for i, row in enumerate(handle.sampled):
-                tokens.append(_sampled_token(row, ints[i], None if floats is None else floats[i]))
+                tokens.append(_sampled_token(row, drawn[i], None if floats is None else floats[i]))
         violations = int(handle.logits.violations) if self._config.checked else 0
         return StepResult(handle.batch.step, tuple(tokens), violations)
 
-    def _run_forward(self, name: str, buffer: np.ndarray) -> programs.StepLogits:
-        self._state, logits = self._forward[name](
+    def _run_forward(self, bucket: Bucket, batch: ScheduledBatch) -> programs.StepLogits:
+        page_size = self._config.layout.page_size
+        buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        self._state, logits = self._programs["forward", bucket.name](
             self._ends,
             self._layers,
             self._state,
@@ -241,14 +268,15 @@ class DeviceRunner:
     def _run_sample(
         self, variant: str, logits: programs.StepLogits
     ) -> tuple[jax.Array, jax.Array | None]:
-        self._sample_state, ints, floats = self._sample[variant](
-            self._sample_state, logits, self._rows
-        )
-        return ints, floats
+        program = self._programs["sample", variant, logits.logits.shape[0]]
+        self._sample_state, drawn, floats = program(self._sample_state, logits, self._rows)
+        return drawn, floats
 
     def _reset_rows(self, rows: list[ScheduledRow]) -> None:
+        for row in rows:
+            self._known_at_reset[row.row] = row.sequence.num_known_tokens
         buffer = pack_resets(rows, self._null_row, self._vocab_size)
-        self._rows, counts = self._reset(self._rows, self._sample_state.counts, buffer)
+        self._rows, counts = self._programs["reset",](self._rows, self._sample_state.counts, buffer)
         self._sample_state = dataclasses.replace(self._sample_state, counts=counts)
 
     def _count_prefill(self, batch: ScheduledBatch) -> None:
@@ -258,17 +286,20 @@ class DeviceRunner:
             for row in batch.rows
             if has_penalties(row.sequence.params)
             for position, token in enumerate(known_token_ids(row), row.start)
-            if token >= 0 and not _was_sampled_here(row, position)
+            if position < self._known_at_reset[row.row]  # later ones were counted when sampled
         ]
         for start in range(0, len(known), programs.COUNT_TOKENS):
-            part = known[start : start + programs.COUNT_TOKENS]
-            buffer = np.zeros((3, programs.COUNT_TOKENS), np.int32)
-            buffer[0] = self._null_row
-            buffer[:, : len(part)] = np.array(part, np.int32).T
-            self._count_tokens(buffer)
+            self._count_tokens(self._count_buffer(known[start : start + programs.COUNT_TOKENS]))
+
+    def _count_buffer(self, known: list[tuple[int, int, int]]) -> np.ndarray:
+        buffer = np.zeros((3, programs.COUNT_TOKENS), np.int32)
+        buffer[0] = self._null_row
+        if known:
+            buffer[:, : len(known)] = np.array(known, np.int32).T
+        return buffer
 
     def _count_tokens(self, buffer: np.ndarray) -> None:
-        counts = self._count(self._sample_state.counts, buffer)
+        counts = self._programs["count",](self._sample_state.counts, buffer)
         self._sample_state = dataclasses.replace(self._sample_state, counts=counts)
 
     # --- adapters ------------------------------------------------------------------------------
@@ -285,7 +316,9 @@ class DeviceRunner:
 
     def _install_pages(self, staging: np.ndarray, pages: tuple[int, ...]) -> None:
         on_device = jax.device_put(staging, NamedSharding(self._mesh, programs.STAGING_SPEC))
-        pools = self._install(self._state.pools, on_device, np.array(pages, np.int32))
+        pools = self._programs["install", len(pages)](
+            self._state.pools, on_device, np.array(pages, np.int32)
+        )
         self._state = dataclasses.replace(self._state, pools=pools)
 
     def _bind_slot(
@@ -293,7 +326,7 @@ class DeviceRunner:
     ) -> None:
         table_row = np.zeros(self._config.max_adapter_pages, np.int32)
         table_row[: len(pages)] = pages
-        self._table, owners = self._bind(
+        self._table, owners = self._programs["bind",](
             self._table,
             self._state.owners,
             np.int32(slot),
@@ -314,7 +347,6 @@ class DeviceRunner:
             "compile_s": self._compiles.seconds,
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
-            "device_time_s": time.monotonic(),
         }
 
     def close(self) -> None:
@@ -328,17 +360,12 @@ def _variant(sampled: tuple[ScheduledRow, ...]) -> str:
     return FULL if any(needs_full_sampling(p) for p in params) else GREEDY
 
 
-def _was_sampled_here(row: ScheduledRow, position: int) -> bool:
-    """Whether the row's own sampling already counted this output token (a decode step's input)."""
-    return row.num_tokens == 1 and not row.is_reset and position >= row.sequence.num_prompt_tokens
-
-
 def _sampled_token(
-    row: ScheduledRow, ints: np.ndarray, floats: np.ndarray | None
+    row: ScheduledRow, drawn: np.ndarray, floats: np.ndarray | None
 ) -> SampledToken:
     logprobs = None
     wanted = row.sequence.params.logprobs
     if wanted is not None and floats is not None:
-        top = zip(ints[2 : 2 + wanted].tolist(), floats[1 : 1 + wanted].tolist(), strict=True)
-        logprobs = TokenLogprobs(int(ints[0]), float(floats[0]), tuple(top))
-    return SampledToken(row.sequence, int(ints[0]), bool(ints[1]), logprobs)
+        top = zip(drawn[2 : 2 + wanted].tolist(), floats[1 : 1 + wanted].tolist(), strict=True)
+        logprobs = TokenLogprobs(int(drawn[0]), float(floats[0]), tuple(top))
+    return SampledToken(row.sequence, int(drawn[0]), bool(drawn[1]), logprobs)

@@ -1,0 +1,240 @@
+"""From an EngineConfig to a running engine core: the one place where all parts meet.
+
+Everything "auto" is resolved here, once, and reported: kernels, dtype, context length, rank, memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from checkpoints.hf_config import read_generation_defaults, read_model_config
+from checkpoints.hf_weights import open_weights
+from checkpoints.model_config import ModelConfig
+from checkpoints.orbax_store import is_converted, restore_converted
+from checkpoints.peft_adapter import read_adapter
+from pallas_kernels.dispatch import resolve_implementation
+from sloraj.adapters.layout import max_adapter_pages, pack_adapter
+from sloraj.batch import PackedAdapter
+from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil
+from sloraj.core import EngineCore
+from sloraj.errors import ConfigError
+from sloraj.model.llama import Model, StepSpec, abstract_model
+from sloraj.model.rope import max_context
+from sloraj.model.weights import (
+    Leaves,
+    abstract_parameters,
+    load_parameters,
+    random_parameters,
+    unflatten,
+)
+from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
+from sloraj.parallel.sharding import layer_rules, top_rules
+from sloraj.runner import DeviceRunner
+from sloraj.runner.buckets import Buckets, make_buckets
+from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
+from sloraj.runner.runner import RunnerConfig
+
+Progress = Callable[[str, int, int], None]
+log = logging.getLogger("sloraj")
+
+DEFAULT_MAX_RANK = 64
+BLOCK_Q = {"xla": 16, "triton": 64}
+GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
+
+
+def build_core(config: EngineConfig, on_progress: Progress) -> tuple[EngineCore, dict[str, Any]]:
+    """Load the model, compile every program, and return the core with what ModelInfo is made of.
+
+    Raises: ConfigError: settings that cannot work together. CheckpointError: unusable model files.
+    """
+    started = time.monotonic()
+    prepare_jax(config)
+    model_config = read_model_config(config.model)
+    check_divisible(model_config, config.tensor_parallel_size)
+    mesh = make_mesh(config.tensor_parallel_size)
+    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    ends, layers = _load(config, model_config, mesh, dtype, on_progress)
+    loaded_s = time.monotonic() - started
+    runner, scheduler_config, info = build_runner(
+        config, model_config, mesh, dtype, ends, layers, on_progress
+    )
+    layout = info.pop("layout")
+    core = EngineCore(
+        config=scheduler_config,
+        runner=runner,
+        load_adapter=_adapter_loader(model_config, layout, scheduler_config.max_rank),
+    )
+    info |= {
+        "model_id": config.served_model_name or Path(config.model).resolve().name,
+        "model_path": str(config.model),
+        "generation_defaults": read_generation_defaults(config.model),
+        "startup_s": time.monotonic() - started,
+        "weights_s": loaded_s,
+    }
+    return core, info
+
+
+def prepare_jax(config: EngineConfig) -> None:
+    """Settings that must precede the first use of a device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _load(
+    config: EngineConfig, model: ModelConfig, mesh: Mesh, dtype: str, on_progress: Progress
+) -> tuple[Leaves, list[Leaves]]:
+    jnp_dtype = jnp.dtype(dtype)
+    if config.random_weights:
+        return random_parameters(model, mesh, jnp_dtype, config.seed)
+    if is_converted(config.model):
+        flat = restore_converted(config.model, abstract_parameters(model, mesh, jnp_dtype))
+        on_progress("weights", 1, 1)
+        return unflatten(flat, model.num_layers)
+    with open_weights(config.model, model) as weights:
+        return load_parameters(weights, model, mesh, jnp_dtype, on_progress)
+
+
+def build_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    ends: Leaves,
+    layers: list[Leaves],
+    on_progress: Progress,
+) -> tuple[DeviceRunner, SchedulerConfig, dict[str, Any]]:
+    """The runner, warm, with the numbers that the host side runs on."""
+    tp = mesh.size
+    device = mesh.devices.flat[0]
+    try:
+        kernels = resolve_implementation(config.kernels, device.platform)
+    except ValueError as error:
+        raise ConfigError(f"kernels: {error}", param="kernels") from error
+    layout = PoolLayout(
+        num_layers=model_config.num_layers,
+        num_kv_heads=local_kv_heads(model_config, tp),
+        head_dim=model_config.head_dim,
+        page_size=config.page_size,
+        tp=tp,
+        dtype=dtype,
+    )
+    max_rank = div_ceil(config.max_rank or DEFAULT_MAX_RANK, tp) * tp
+    max_model_len = min(config.max_model_len or max_context(model_config), max_context(model_config))
+    adapter_pages = max_adapter_pages(layout, model_config, max_rank)
+    plan = _plan(config, model_config, layout, device, max_model_len, adapter_pages)
+    log.info("%s", plan)
+    buckets = make_buckets(
+        config.max_num_seqs, config.max_num_batched_tokens, config.page_size, BLOCK_Q[kernels]
+    )
+    model = _abstract(model_config, tp, config.page_size, max_rank, kernels, dtype)
+    runner = DeviceRunner(
+        model,
+        ends,
+        layers,
+        mesh,
+        buckets,
+        RunnerConfig(
+            layout=layout,
+            num_pages=plan.num_pages,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_adapter_slots=config.max_adapter_slots,
+            max_adapter_pages=adapter_pages,
+            checked=config.checked,
+        ),
+    )
+    repeats = 1 if device.platform == "cpu" else GPU_WARM_UP_REPEATS
+    runner.warm_up(on_progress, repeats=repeats)
+    log.info("kernels %s, %d programs, %s", kernels, runner.num_programs, _names(buckets))
+    scheduler_config = SchedulerConfig(
+        num_pages=plan.num_pages,
+        page_size=config.page_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_adapter_slots=config.max_adapter_slots,
+        max_num_waiting=config.max_num_waiting,
+        max_rank=max_rank,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        host_adapter_bytes=config.host_adapter_bytes,
+    )
+    info = {
+        "max_model_len": max_model_len,
+        "vocab_size": model_config.vocab_size,
+        "eos_token_ids": model_config.eos_token_ids,
+        "bos_token_id": model_config.bos_token_id,
+        "max_rank": max_rank,
+        "dtype": dtype,
+        "kernels": kernels,
+        "device": device.device_kind,
+        "num_pages": plan.num_pages,
+        "page_size": config.page_size,
+        "num_programs": runner.num_programs,
+        "memory_plan": str(plan),
+        "layout": layout,
+    }
+    return runner, scheduler_config, info
+
+
+def _names(buckets: Buckets) -> str:
+    return ", ".join(b.name for b in (*buckets.decode, *buckets.mixed))
+
+
+def _abstract(
+    config: ModelConfig, tp: int, page_size: int, max_rank: int, kernels: str, dtype: str
+) -> Model:
+    spec = StepSpec(config=config, tp=tp, page_size=page_size, max_rank=max_rank, kernels=kernels)
+    rules = tuple(layer_rules(config, tp, i) for i in range(config.num_layers))
+    return abstract_model(spec, rules, top_rules(config, tp), jnp.dtype(dtype))
+
+
+def _plan(
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: PoolLayout,
+    device: jax.Device,
+    max_model_len: int,
+    adapter_pages: int,
+) -> MemoryPlan:
+    memory = (device.memory_stats() or {}) if device.platform != "cpu" else {}
+    return plan_memory(
+        layout,
+        limit_bytes=memory.get("bytes_limit"),
+        in_use_bytes=memory.get("bytes_in_use", 0),
+        workspace_bytes=_workspace_bytes(config, model, layout) if memory else 0,
+        pool_bytes=config.pool_bytes,
+        min_pages=1 + div_ceil(max_model_len, config.page_size) + adapter_pages,
+    )
+
+
+def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayout) -> int:
+    """What the largest programs hold at once: activations, f32 logits and their filtered copies."""
+    activations = config.max_num_batched_tokens * (
+        8 * model.hidden_size + 4 * model.intermediate_size // layout.tp
+    )
+    logits = config.max_num_seqs * model.vocab_size
+    counts = (config.max_num_seqs + 1) * model.vocab_size
+    return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
+
+
+def _adapter_loader(
+    model: ModelConfig, layout: PoolLayout, max_rank: int
+) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
+    def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
+        weights = read_adapter(path, model, max_rank=max_rank)
+        return pack_adapter(weights, layout, model), {"rank": weights.max_rank, "path": path}
+
+    return load

@@ -1,0 +1,70 @@
+"""Where a device's memory goes, decided and printed before the pool is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sloraj.config import PoolLayout
+from sloraj.errors import ConfigError
+
+GIB = 1 << 30
+MARGIN_BYTES = GIB  # matmul workspaces, graphs, the allocator's own losses
+CPU_POOL_BYTES = GIB // 4
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per device."""
+
+    limit_bytes: int | None  # None: unknown (CPU)
+    weight_bytes: int
+    workspace_bytes: int
+    pool_bytes: int
+    num_pages: int
+    page_bytes: int  # over all layers
+
+    def __str__(self) -> str:
+        def gib(n: int) -> str:
+            return f"{n / GIB:.2f} GiB"
+
+        limit = "unknown" if self.limit_bytes is None else gib(self.limit_bytes)
+        return (
+            f"memory per device: limit {limit}, weights {gib(self.weight_bytes)}, workspace "
+            f"{gib(self.workspace_bytes)}, pool {gib(self.pool_bytes)} = {self.num_pages} pages of "
+            f"{self.page_bytes / 1024:.0f} KiB"
+        )
+
+
+def plan_memory(
+    layout: PoolLayout,
+    *,
+    limit_bytes: int | None,
+    in_use_bytes: int,
+    workspace_bytes: int,
+    pool_bytes: int | None,
+    min_pages: int,
+) -> MemoryPlan:
+    """Size the pool. Raises ConfigError when it could not hold one sequence and one adapter."""
+    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+    if pool_bytes is None:
+        if limit_bytes is None:
+            pool_bytes = max(CPU_POOL_BYTES, min_pages * page_bytes)
+        else:
+            pool_bytes = limit_bytes - in_use_bytes - workspace_bytes
+    num_pages = pool_bytes // page_bytes
+    if num_pages < min_pages:
+        raise ConfigError(
+            f"pool_bytes: got {pool_bytes} bytes ({num_pages} pages of {page_bytes} bytes), allowed: at "
+            f"least {min_pages * page_bytes}, which holds one sequence of max_model_len and one adapter of "
+            f"max_rank; lower max_model_len or max_rank, or give the pool more",
+            param="pool_bytes",
+        )
+    return MemoryPlan(
+        limit_bytes=limit_bytes,
+        weight_bytes=in_use_bytes,
+        workspace_bytes=workspace_bytes,
+        pool_bytes=num_pages * page_bytes,
+        num_pages=num_pages,
+        page_bytes=page_bytes,
+    )
