@@ -1,6 +1,6 @@
 """Errors of the file readers.
 
-CheckpointError            a file or directory cannot be used; the message names field, value, allowed
+CheckpointError            a file or directory cannot be used; the message says why
 ├── CheckpointNotFound     the directory or a required file is missing
 ├── InvalidCheckpoint      a file is damaged, or disagrees with itself or with the base model
 └── UnsupportedCheckpoint  the file is sound, but asks for something that is not implemented
