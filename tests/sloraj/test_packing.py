@@ -1,0 +1,142 @@
+"""The step buffer: every token appears once, in the right tile, with the right page and position."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from sloraj.batch import ScheduledBatch, ScheduledRow
+from sloraj.request import SamplingParams, Sequence
+from sloraj.runner.buckets import Bucket, make_buckets
+from sloraj.runner.packing import UNKNOWN, pack_step, step_packing
+
+PAGE_SIZE, NULL_ROW = 4, 8
+BUCKETS = make_buckets(8, 64, PAGE_SIZE, 16)
+
+
+def make_row(row: int, *, slot: int, start: int, num_tokens: int, known: int) -> ScheduledRow:
+    sequence = Sequence(
+        request_id=f"r{row}", index=0, prompt_token_ids=list(range(100, 100 + known)),
+        params=SamplingParams(), max_output_tokens=9, stop_ids=frozenset(), seed=0, tag=row + 1,
+        version_id=None, arrival_s=0.0,
+    )  # fmt: skip
+    stop = start + num_tokens
+    sequence.pages = list(range(50 * row + 1, 50 * row + 1 + -(-stop // PAGE_SIZE)))
+    return ScheduledRow(
+        sequence=sequence, row=row, slot=slot, adapter_tag=slot, start=start,
+        num_tokens=num_tokens, first_new_page=start // PAGE_SIZE, is_reset=False,
+        samples=stop >= known,
+    )  # fmt: skip
+
+
+def random_batch(seed: int) -> ScheduledBatch:
+    rng = random.Random(seed)
+    rows, budget = [], 64
+    for row in rng.sample(range(8), rng.randint(1, 8)):
+        decode = rng.random() < 0.5
+        start = rng.randint(0, 20)
+        num_tokens = 1 if decode else rng.randint(1, max(1, min(30, budget)))
+        known = start if decode else start + num_tokens + rng.choice([0, 5])
+        if budget < num_tokens or known == 0:
+            continue
+        budget -= num_tokens
+        slot = rng.choice([0, 1, 2, 7])
+        rows.append(make_row(row, slot=slot, start=start, num_tokens=num_tokens, known=known))
+    rows.sort(key=lambda r: r.num_tokens > 1)
+    return ScheduledBatch(step=0, rows=tuple(rows))
+
+
+def pack(batch: ScheduledBatch) -> tuple[Bucket, dict[str, np.ndarray]]:
+    bucket = BUCKETS.pick(batch.num_tokens, batch.is_decode)
+    buffer = pack_step(batch, bucket, null_row=NULL_ROW, page_size=PAGE_SIZE)
+    return bucket, step_packing(bucket).split(buffer)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_adapter_token_is_in_exactly_one_tile_of_its_slot(seed: int) -> None:
+    batch = random_batch(seed)
+    bucket, fields = pack(batch)
+    slot_of = [r.slot for r in batch.rows for _ in range(r.num_tokens)]
+    seen = {}
+    for tile in range(int(fields["num_tiles"][0])):
+        start, stop = fields["tile_starts"][tile : tile + 2]
+        assert 0 < stop - start <= bucket.block_rows
+        for token in fields["row_order"][start:stop]:
+            assert token not in seen
+            seen[token] = fields["tile_slots"][tile]
+    assert seen == {t: slot for t, slot in enumerate(slot_of) if slot}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tokens_carry_their_row_position_and_id(seed: int) -> None:
+    batch = random_batch(seed)
+    _, fields = pack(batch)
+    token = 0
+    for row in batch.rows:
+        for position in range(row.start, row.start + row.num_tokens):
+            known = position < row.sequence.num_known_tokens
+            expected = row.sequence.token_id(position) if known else UNKNOWN
+            got = (fields["rows"][token], fields["positions"][token], fields["token_ids"][token])
+            assert got == (row.row, position, expected)
+            token += 1
+    assert (fields["rows"][token:] == NULL_ROW).all()
+    assert fields["num_tokens"][0] == token
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_query_tiles_cover_every_token_once(seed: int) -> None:
+    batch = random_batch(seed)
+    bucket, fields = pack(batch)
+    if bucket.is_decode:
+        assert "query_tiles" not in fields
+        return
+    seen = []
+    for tile in range(int(fields["num_query_tiles"][0])):
+        row, start, size, position = fields["query_tiles"][:, tile]
+        assert 0 < size <= bucket.block_q
+        assert fields["rows"][start] == row and fields["positions"][start] == position
+        seen += range(start, start + size)
+    assert seen == list(range(batch.num_tokens))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_appends_name_exactly_the_new_pages(seed: int) -> None:
+    batch = random_batch(seed)
+    _, fields = pack(batch)
+    expected = {
+        (r.row, i, page)
+        for r in batch.rows
+        for i, page in enumerate(r.sequence.pages)
+        if i >= r.first_new_page
+    }
+    appends = {tuple(entry) for entry in fields["appends"].tolist()}
+    assert appends - {(NULL_ROW, 0, 0)} == expected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sampled_rows_point_at_their_last_token(seed: int) -> None:
+    batch = random_batch(seed)
+    _, fields = pack(batch)
+    found = [
+        (row, position)
+        for row, position in zip(fields["logit_rows"], fields["logit_positions"], strict=True)
+        if row != NULL_ROW
+    ]
+    assert found == [(r.row, r.start + r.num_tokens) for r in batch.rows if r.samples]
+    for i, (_, position) in enumerate(found):
+        assert fields["positions"][fields["logit_indices"][i]] == position - 1
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget"), [(1, 2), (4, 32), (64, 512), (100, 700), (256, 8192)]
+)
+def test_buckets_hold_every_batch_that_the_limits_allow(max_num_seqs: int, budget: int) -> None:
+    buckets = make_buckets(max_num_seqs, budget, 16, 64)
+    for n in range(1, max_num_seqs + 1):
+        bucket = buckets.pick(n, True)
+        assert bucket.num_tokens >= n and bucket.num_logits >= n
+        assert bucket.num_logits in buckets.sample
+    assert buckets.pick(budget, False).num_tokens == budget
+    assert len(buckets.decode) + len(buckets.mixed) + 3 * len(buckets.sample) <= 28
