@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import decode_attention_triton as decode_triton
+from pallas_kernels import ragged_attention_triton as ragged_triton
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.tiles import QueryTiles
 
@@ -41,17 +43,12 @@ def _attend(
 
 
 def _as_kv_pages(pool: jax.Array, num_kv_heads: int, page_size: int, head_dim: int) -> jax.Array:
-    page_elems = 2 * num_kv_heads * page_size * head_dim
-    if pool.ndim != 2 or pool.shape[1] != page_elems:
-        raise ValueError(f"pool has shape {pool.shape}, not [num_pages, {page_elems}]")
     return pool.reshape(-1, 2, num_kv_heads, page_size, head_dim)
 
 
 def _grouped_queries(q: jax.Array, num_kv_heads: int, scale: float) -> jax.Array:
     """Queries `[T, N, H]` as scaled f32 `[T, K, G, H]`, grouped by the kv head that they share."""
     num_tokens, num_heads, head_dim = q.shape
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} heads are not a multiple of {num_kv_heads} kv heads")
     q = q.astype(jnp.float32) * scale
     return q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
@@ -110,6 +107,14 @@ def paged_ragged_attention_reference(
     return out
 
 
+def _check_shapes(q: jax.Array, pool: jax.Array, num_kv_heads: int, page_size: int) -> None:
+    if q.ndim != 3 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"q has shape {q.shape}, not [T, a multiple of {num_kv_heads} heads, H]")
+    page_elems = 2 * num_kv_heads * page_size * q.shape[2]
+    if pool.ndim != 2 or pool.shape[1] != page_elems:
+        raise ValueError(f"pool has shape {pool.shape}, not [num_pages, {page_elems}]")
+
+
 def paged_decode_attention(
     q: jax.Array,
     pool: jax.Array,
@@ -122,6 +127,8 @@ def paged_decode_attention(
     page_size: int,
     scale: float,
     implementation: str,
+    config: decode_triton.Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Attention of one query token a sequence over its pages.
 
@@ -134,6 +141,7 @@ def paged_decode_attention(
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    Flash-Decoding (Dao et al., 2023); PagedAttention (arXiv:2309.06180).
     """
+    _check_shapes(q, pool, num_kv_heads, page_size)
     if implementation == "xla":
         return paged_decode_attention_reference(
             q,
@@ -145,6 +153,20 @@ def paged_decode_attention(
             num_kv_heads=num_kv_heads,
             page_size=page_size,
             scale=scale,
+        )
+    if implementation == "triton":
+        return decode_triton.decode_attention_triton(
+            q,
+            pool,
+            page_table,
+            rows,
+            lengths,
+            window,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            config=config,
+            interpret=interpret,
         )
     raise unknown_implementation(implementation)
 
@@ -160,6 +182,8 @@ def paged_ragged_attention(
     page_size: int,
     scale: float,
     implementation: str,
+    config: ragged_triton.Config | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of tiles of query tokens over the pages of their sequences.
 
@@ -170,6 +194,7 @@ def paged_ragged_attention(
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    FlashAttention-2 (arXiv:2307.08691); PagedAttention (arXiv:2309.06180).
     """
+    _check_shapes(q, pool, num_kv_heads, page_size)
     if implementation == "xla":
         return paged_ragged_attention_reference(
             q,
@@ -180,5 +205,18 @@ def paged_ragged_attention(
             num_kv_heads=num_kv_heads,
             page_size=page_size,
             scale=scale,
+        )
+    if implementation == "triton":
+        return ragged_triton.ragged_attention_triton(
+            q,
+            pool,
+            page_table,
+            tiles,
+            window,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            config=config,
+            interpret=interpret,
         )
     raise unknown_implementation(implementation)

@@ -1,0 +1,132 @@
+"""Ragged prefill attention in Pallas-Triton: one program a query tile, kv head and block of heads.
+
+The heads that share a kv head are stacked along the rows of the product, so that keys and values
+are read once for several of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.attention_blocks import KvPages, Softmax
+from pallas_kernels.tiles import QueryTiles
+from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
+from pallas_kernels.tuning_table import shape_key, tuned
+
+MAX_QUERIES = 128  # rows of the product: block_q times the heads of a block
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How the work is divided."""
+
+    block_heads: int  # query heads of one kv head that share a program
+    block_kv: int  # positions in a step of the loop
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def heuristic(cls, *, block_q: int, group: int) -> Config:
+        """A reasonable choice where nothing was measured."""
+        heads = min(next_power_of_2(group), max(1, MAX_QUERIES // next_power_of_2(block_q)))
+        queries = heads * next_power_of_2(block_q)
+        return cls(
+            block_heads=heads, block_kv=64, num_warps=8 if queries >= 128 else 4, num_stages=2
+        )
+
+
+def _kernel(
+    q_ref: Ref,
+    pool_ref: Ref,
+    page_table_ref: Ref,
+    tiles: QueryTiles,  # of references
+    window_ref: Ref,
+    _: Ref,  # zeros that out starts from
+    out_ref: Ref,
+    *,
+    config: Config,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+) -> None:
+    tile, kv_head, head_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    _, num_heads, head_dim = q_ref.shape
+    group = num_heads // num_kv_heads
+
+    @pl.when(tile < tiles.num_tiles[0])
+    def attend_tile() -> None:
+        start, length = tiles.q_start[tile], tiles.q_len[tile]
+        first_position, window = tiles.position[tile], window_ref[0]
+        num_queries = max(MIN_DOT, next_power_of_2(tiles.block_q) * config.block_heads)
+        query = jnp.arange(num_queries, dtype=jnp.int32)
+        place = jax.lax.div(query, jnp.int32(config.block_heads))
+        head = head_block * config.block_heads + jax.lax.rem(query, jnp.int32(config.block_heads))
+        is_query = (place < length) & (head < group)
+        lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
+        where = ((start + place)[:, None], (kv_head * group + head)[:, None], lane[None, :])
+        mask = is_query[:, None] & (lane < head_dim)[None, :]
+        q = pltriton.load(q_ref.at[where], mask=mask, other=0)
+        q_position = first_position + place
+        end = first_position + length
+        begin = jnp.maximum(0, first_position - window + 1)
+        pages = KvPages(
+            pool_ref, page_table_ref, tiles.row[tile], kv_head, num_kv_heads, page_size, head_dim
+        )
+
+        def attend_block(block: jax.Array, softmax: Softmax) -> Softmax:
+            position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
+            is_real = (position >= begin) & (position < end)
+            k, v = pages.load(0, position, is_real), pages.load(1, position, is_real)
+            distance = q_position[:, None] - position[None, :]
+            visible = (distance >= 0) & (distance < window) & is_real[None, :]
+            return softmax.attend(q, k, v, visible, scale)
+
+        softmax = jax.lax.fori_loop(
+            jax.lax.div(begin, jnp.int32(config.block_kv)),
+            pl.cdiv(end, config.block_kv),
+            attend_block,
+            Softmax.empty(num_queries, head_dim),
+        )
+        pltriton.store(out_ref.at[where], softmax.normalised().astype(out_ref.dtype), mask=mask)
+
+
+def ragged_attention_triton(
+    q: jax.Array,
+    pool: jax.Array,
+    page_table: jax.Array,
+    tiles: QueryTiles,
+    window: jax.Array,
+    *,
+    num_kv_heads: int,
+    page_size: int,
+    scale: float,
+    config: Config | None,
+    interpret: bool,
+) -> jax.Array:
+    """`paged_ragged_attention` in Pallas-Triton."""
+    group = q.shape[1] // num_kv_heads
+    if config is None:
+        key = shape_key(block_q=tiles.block_q, group=group, head_dim=q.shape[2])
+        config = tuned("paged_ragged_attention", key, Config) or Config.heuristic(
+            block_q=tiles.block_q, group=group
+        )
+    inputs = (q, pool, page_table, tiles, jnp.asarray(window, jnp.int32).reshape(1))
+    out: jax.Array = triton_call(
+        functools.partial(
+            _kernel, config=config, num_kv_heads=num_kv_heads, page_size=page_size, scale=scale
+        ),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name="paged_ragged_attention",
+        grid=(tiles.row.shape[0], num_kv_heads, pl.cdiv(group, config.block_heads)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+        aliases={len(jax.tree.leaves(inputs)): 0},
+    )(*inputs, jnp.zeros_like(q))
+    return out
