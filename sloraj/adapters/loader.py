@@ -1,0 +1,73 @@
+"""Adapter files to packed pages, in a few worker threads: no file is read on the step thread."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+from checkpoints.errors import CheckpointError, CheckpointNotFound
+from sloraj.batch import PackedAdapter
+from sloraj.errors import AdapterFilesNotFound, AdapterLoadError, InternalError, SlorajError
+from sloraj.messages import LoadAdapter
+
+NUM_THREADS = 2
+
+LoadFunction = Callable[[str], tuple[PackedAdapter, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadDone:
+    """A load that ended: `packed`, or `error`."""
+
+    message: LoadAdapter
+    packed: PackedAdapter | None = None
+    error: SlorajError | None = None
+
+
+class AdapterLoader:
+    """Runs `load` for each message and hands LoadDone to `on_done`, from a worker thread."""
+
+    def __init__(
+        self,
+        load: LoadFunction,
+        on_done: Callable[[LoadDone], None],
+        executor: Executor | None = None,
+    ) -> None:
+        self._load = load
+        self._on_done = on_done
+        self._executor = executor or ThreadPoolExecutor(
+            NUM_THREADS, thread_name_prefix="adapter-loader"
+        )
+
+    def start(self, message: LoadAdapter) -> None:
+        future = self._executor.submit(self._load, message.path)
+        future.add_done_callback(lambda done: self._report(message, done))
+
+    def close(self) -> None:
+        """Start no further load. One under way runs to its end, unheard."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _report(
+        self, message: LoadAdapter, future: Future[tuple[PackedAdapter, dict[str, Any]]]
+    ) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._on_done(LoadDone(message, packed=future.result()[0]))
+        else:
+            self._on_done(LoadDone(message, error=load_error(message, error)))
+
+
+def load_error(message: LoadAdapter, error: BaseException) -> SlorajError:
+    """The error a caller sees for what the file readers raised."""
+    if isinstance(error, SlorajError):
+        return error
+    what = f"adapter {message.adapter_id!r} at {message.path!r}: {error}"
+    if isinstance(error, CheckpointNotFound | FileNotFoundError | NotADirectoryError):
+        return AdapterFilesNotFound(what, param="lora_path")
+    if isinstance(error, CheckpointError | OSError):
+        return AdapterLoadError(what, param="lora_path")
+    return InternalError(f"{what} ({type(error).__name__})")

@@ -1,0 +1,392 @@
+"""The engine core: messages in, messages out, and the step between them in four verbs.
+
+    schedule ──> execute ──> update ──> emit
+    step N+1     step N+1    step N     tokens of step N
+
+It runs one step ahead: step N+1 is enqueued before the tokens of step N are read, so the device
+never waits for the host. All state belongs to the one thread that calls `step` or `run`; `submit`
+may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from sloraj.adapters.calls import AdapterCalls
+from sloraj.adapters.host_store import HostStore
+from sloraj.adapters.loader import AdapterLoader, LoadDone, LoadFunction
+from sloraj.adapters.registry import AdapterRegistry, Registration
+from sloraj.adapters.residency import Residency
+from sloraj.admission import make_sequences
+from sloraj.batch import Runner, ScheduledBatch, TokenLogprobs
+from sloraj.config import SchedulerConfig
+from sloraj.errors import EngineUnavailable, InternalError, InvalidRequest, QueueFull, SlorajError
+from sloraj.messages import (
+    Abort,
+    Dead,
+    Drain,
+    FromEngine,
+    Generate,
+    GetStats,
+    Heartbeat,
+    ListAdapters,
+    LoadAdapter,
+    Reply,
+    RequestFailed,
+    Shutdown,
+    ToEngine,
+    TokenOutput,
+    UnloadAdapter,
+)
+from sloraj.pages import PagePool
+from sloraj.request import Sequence
+from sloraj.scheduler import NEEDS_DRAIN, Scheduler, TokenEvent
+
+HEARTBEAT_S = 1.0
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Request:
+    request_id: str
+    sequences: list[Sequence]
+    lease: Registration | None
+    num_unfinished: int
+
+
+class EngineCore:
+    """Drives a runner. `load_adapter(path)` reads and packs an adapter, in worker threads."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        runner: Runner,
+        load_adapter: LoadFunction,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        loader_executor: Executor | None = None,
+    ) -> None:
+        self._config = config
+        self._runner = runner
+        self._clock = clock
+        self._next_tag = itertools.count(1).__next__  # for sequences and versions alike
+        self._pool = PagePool(config.num_pages)
+        self._host_store = HostStore(config.host_adapter_bytes, self._next_tag)
+        self._residency = Residency(self._pool, config.max_adapter_slots, clock)
+        self._registry = AdapterRegistry(
+            self._host_store,
+            self._residency,
+            max_rank=config.max_rank,
+            num_usable_pages=self._pool.num_usable,
+        )
+        self._scheduler = Scheduler(config, self._pool, self._residency, self._host_store)
+        self._inbox: queue.SimpleQueue[ToEngine | LoadDone] = queue.SimpleQueue()
+        self._outbox: list[FromEngine] = []
+        self._adapter_calls = AdapterCalls(
+            self._registry,
+            self._residency,
+            AdapterLoader(load_adapter, self._inbox.put, loader_executor),
+            lambda reply: self._outbox.append(reply),
+        )
+        self._requests: dict[str, _Request] = {}
+        self._drains: list[int] = []
+        self._enqueued: Any = None  # handle of the step whose tokens are not read yet
+        self._is_draining = False
+        self._is_stopped = False
+        self._num_finished = 0
+        self._num_failed = 0
+        self._num_aborted = 0
+        self._mean_service_s = 1.0  # of finished requests, the last ones counting most
+
+    # --- for other threads ---
+
+    def submit(self, message: ToEngine) -> None:
+        """Queue a message for the next step. Thread-safe. After the end nothing is answered."""
+        self._inbox.put(message)
+
+    # --- the loop ---
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to compute and nothing to read: only a message can bring work."""
+        return self._enqueued is None and self._scheduler.is_idle and self._inbox.empty()
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._is_stopped
+
+    def run(self, emit: Callable[[FromEngine], None]) -> None:
+        """Step until Shutdown or a fault (Dead comes last); block on the inbox while idle."""
+        next_beat = self._clock()
+        while not self._is_stopped:
+            if self.is_idle:
+                self._wait(max(next_beat - self._clock(), 0.0))
+            for message in self.step():
+                emit(message)
+            if self._clock() >= next_beat and not self._is_stopped:
+                next_beat = self._clock() + HEARTBEAT_S
+                emit(self.heartbeat())
+
+    def heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            step=self._scheduler.num_steps,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+        )
+
+    def step(self) -> list[FromEngine]:
+        """Take in all messages, enqueue one step, read the one before it; what there is to tell.
+
+        A fault ends the engine: every request and call fails with InternalError, and Dead comes
+        last.
+        """
+        if not self._is_stopped:
+            try:
+                self._take_messages()
+                if not self._is_stopped:
+                    self._advance()
+                    self._answer_waiting_calls()
+            except Exception as error:
+                self._die(error)
+        messages, self._outbox = self._outbox, []
+        return messages
+
+    def _advance(self) -> None:
+        batch = self._scheduler.schedule()
+        if batch is NEEDS_DRAIN:
+            self._read_enqueued()
+            batch = self._scheduler.schedule()
+        handle = None
+        if isinstance(batch, ScheduledBatch):
+            handle = self._runner.execute(batch)
+        elif self._enqueued is None and not self._scheduler.is_idle:
+            raise InternalError("sequences wait, nothing runs, and none can be scheduled")
+        self._read_enqueued()
+        self._enqueued = handle
+
+    def _read_enqueued(self) -> None:
+        if self._enqueued is None:
+            return
+        handle, self._enqueued = self._enqueued, None
+        result = self._runner.collect(handle)
+        if result.owner_violations:
+            raise InternalError(f"{result.owner_violations} rows would have read another's pages")
+        for event in self._scheduler.update(result):
+            self._emit_event(event)
+
+    def _wait(self, timeout_s: float) -> None:
+        try:
+            message = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        try:
+            self._take(message)
+        except Exception as error:
+            self._die(error)
+
+    def _take_messages(self) -> None:
+        while not self._is_stopped:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._take(message)
+
+    def _take(self, message: ToEngine | LoadDone) -> None:
+        match message:
+            case Generate():
+                self._generate(message)
+            case Abort():
+                request = self._requests.get(message.request_id)
+                if request is not None:
+                    self._num_aborted += 1
+                    self._release(request)
+            case LoadAdapter():
+                self._adapter_calls.load(message)
+            case LoadDone():
+                self._adapter_calls.finish_load(message)
+            case UnloadAdapter():
+                self._adapter_calls.unload(message)
+            case ListAdapters():
+                self._adapter_calls.list_adapters(message)
+            case GetStats():
+                self._outbox.append(Reply(call_id=message.call_id, value=self.stats()))
+            case Drain():
+                self._is_draining = True
+                self._drains.append(message.call_id)
+            case Shutdown():
+                self._stop(EngineUnavailable("the engine was shut down"))
+
+    # --- requests ---
+
+    def _generate(self, message: Generate) -> None:
+        lease = None
+        try:
+            self._require_accepting(message)
+            if message.adapter_id is not None:
+                lease = self._registry.acquire(message.adapter_id)
+            version = None if lease is None else lease.version
+            now_s = self._clock()
+            sequences = make_sequences(message, version, self._config, self._next_tag, now_s)
+        except SlorajError as error:
+            if lease is not None:
+                self._registry.release(lease)
+            self._num_failed += 1
+            self._outbox.append(RequestFailed(request_id=message.request_id, error=error.to_wire()))
+            return
+        request = _Request(message.request_id, sequences, lease, len(sequences))
+        self._requests[message.request_id] = request
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def _require_accepting(self, message: Generate) -> None:
+        if self._is_draining:
+            raise EngineUnavailable("the engine is draining and accepts no new requests")
+        if message.request_id in self._requests:
+            raise InvalidRequest(
+                f"request_id: got {message.request_id!r}, allowed: one that is not running",
+                param="request_id",
+            )
+        if self._scheduler.num_waiting >= self._config.max_num_waiting:
+            turns = self._scheduler.num_waiting / self._config.max_num_seqs
+            retry_after_s = min(max(turns * self._mean_service_s, MIN_RETRY_S), MAX_RETRY_S)
+            raise QueueFull(
+                f"{self._scheduler.num_waiting} requests are waiting, allowed: "
+                f"{self._config.max_num_waiting} (--max-num-waiting)",
+                retry_after_s=retry_after_s,
+            )
+
+    def _emit_event(self, event: TokenEvent) -> None:
+        sequence = event.sequence
+        request = self._requests.get(sequence.request_id)
+        if request is None:
+            return  # another of its choices has just failed
+        if not event.is_finite:
+            self._fail(request, InternalError("the model's logits were not finite"))
+            return
+        self._outbox.append(
+            TokenOutput(
+                request_id=sequence.request_id,
+                index=sequence.index,
+                token_ids=[] if event.token_id is None else [event.token_id],
+                logprobs=None if event.logprobs is None else [_plain(event.logprobs)],
+                finish_reason=event.finish_reason,
+                stop_token_id=event.stop_token_id,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                adapter_version=sequence.version_id,
+            )
+        )
+        if event.finish_reason is not None:
+            request.num_unfinished -= 1
+            if request.num_unfinished == 0:
+                self._num_finished += 1
+                service_s = self._clock() - sequence.arrival_s
+                self._mean_service_s += 0.1 * (service_s - self._mean_service_s)
+                self._release(request)
+
+    def _fail(self, request: _Request, error: SlorajError) -> None:
+        self._num_failed += 1
+        self._release(request)
+        self._outbox.append(RequestFailed(request_id=request.request_id, error=error.to_wire()))
+
+    def _release(self, request: _Request) -> None:
+        """Free all that a request holds: rows, pages and pins first, then the lease."""
+        del self._requests[request.request_id]
+        for sequence in request.sequences:
+            self._scheduler.abort(sequence)
+        if request.lease is not None:
+            self._registry.release(request.lease)
+
+    # --- calls ---
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and counters since the start; `runner` holds the runner's own."""
+        scheduler, residency = self._scheduler, self._residency
+        return {
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting,
+            "num_requests": len(self._requests),
+            "num_pages": self._pool.num_usable,
+            "num_pages_free": self._pool.num_free,
+            "num_pages_adapters": residency.num_pages,
+            "num_pages_adapters_idle": residency.num_idle_pages,
+            "num_adapters": len(self._registry),
+            "num_adapters_draining": self._registry.num_draining,
+            "num_adapter_versions": len(self._host_store),
+            "num_adapters_resident": residency.num_residents,
+            "host_adapter_bytes": self._host_store.num_bytes,
+            "adapter_installs": residency.num_installs,
+            "adapter_evictions": residency.num_evictions,
+            "preemptions": scheduler.num_preemptions,
+            "steps": scheduler.num_steps,
+            "computed_tokens": scheduler.num_computed_tokens,
+            "sampled_tokens": scheduler.num_sampled_tokens,
+            "finished_requests": self._num_finished,
+            "failed_requests": self._num_failed,
+            "aborted_requests": self._num_aborted,
+            "is_draining": self._is_draining,
+            "runner": self._runner.stats(),
+        }
+
+    def _answer_waiting_calls(self) -> None:
+        self._adapter_calls.answer_unloaded()
+        if self._drains and not self._requests:
+            self._outbox.extend(Reply(call_id=call_id) for call_id in self._drains)
+            self._drains.clear()
+
+    # --- the end ---
+
+    def _stop(self, error: SlorajError) -> None:
+        """Fail every request and every open call, and end."""
+        self._is_stopped = True
+        for request in self._requests.values():
+            failure = RequestFailed(request_id=request.request_id, error=error.to_wire())
+            self._outbox.append(failure)
+        self._requests.clear()
+        self._adapter_calls.close(error)
+        self._outbox.extend(Reply(call_id=c, error=error.to_wire()) for c in self._drains)
+        self._drains.clear()
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Generate):
+                failure = RequestFailed(request_id=message.request_id, error=error.to_wire())
+                self._outbox.append(failure)
+            elif not isinstance(message, LoadDone | Abort | Shutdown):
+                self._outbox.append(Reply(call_id=message.call_id, error=error.to_wire()))
+
+    def _die(self, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self._stop(InternalError(f"the engine failed: {reason}"))
+        self._outbox.append(Dead(reason=reason))
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless pages, slots, rows, pins and leases all add up."""
+        self._pool.check_integrity()
+        self._host_store.check_integrity()
+        self._residency.check_integrity()
+        self._registry.check_integrity()
+        self._scheduler.check_integrity()
+        leases: dict[str, int] = {}
+        for request in self._requests.values():
+            if request.lease is not None:
+                version_id = request.lease.version.version_id
+                leases[version_id] = leases.get(version_id, 0) + 1
+        for version in self._host_store:
+            held = leases.pop(version.version_id, 0)
+            if held != version.num_leases:
+                raise InternalError(
+                    f"{version.version_id}: {held} leases held, {version.num_leases} counted"
+                )
+        if leases:
+            raise InternalError(f"leases on versions that are gone: {sorted(leases)}")
+
+
+def _plain(logprobs: TokenLogprobs) -> list[Any]:
+    """[token_id, logprob, [[token_id, logprob], ...]]"""
+    return [logprobs.token_id, logprobs.logprob, [list(pair) for pair in logprobs.top]]

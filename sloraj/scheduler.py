@@ -1,0 +1,340 @@
+"""Which tokens of which sequences a step computes: first come, first served, in a token budget.
+
+A step takes one token of every decoding sequence, then prefill chunks of the running ones, then of
+waiting ones, oldest first. A sequence is admitted when its row, its adapter and pages for all its
+known tokens fit; none overtakes the one that waits longest. When the pool is full, idle adapters go
+first, then the newest running sequence: it gives all back and later computes its tokens again. So
+the oldest one always advances.
+
+The host runs one step ahead of the tokens it has read: `schedule` may count on a token that an
+enqueued step samples, but cannot give that sequence's pages away, and answers NEEDS_DRAIN when it
+would have to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import deque
+from typing import Final, Literal
+
+from sloraj.adapters.host_store import AdapterVersion, HostStore
+from sloraj.adapters.residency import Residency
+from sloraj.batch import (
+    AdapterInstall,
+    SampledToken,
+    ScheduledBatch,
+    ScheduledRow,
+    StepResult,
+    TokenLogprobs,
+)
+from sloraj.config import SchedulerConfig, div_ceil
+from sloraj.errors import InternalError
+from sloraj.pages import PagePool
+from sloraj.request import Sequence, SequenceState
+
+
+class Marker(enum.Enum):
+    """Answers of `schedule` that are not a batch."""
+
+    NEEDS_DRAIN = "collect the enqueued step, update, and schedule again"
+
+
+NEEDS_DRAIN: Final = Marker.NEEDS_DRAIN
+NeedsDrain = Literal[Marker.NEEDS_DRAIN]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one sampled token means for its sequence. `token_id` None: it is not to be shown."""
+
+    sequence: Sequence
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None  # "stop" or "length"; the sequence owns nothing any more
+    stop_token_id: int | None = None
+    is_finite: bool = True  # False: the sequence is over without a finish reason
+
+
+@dataclasses.dataclass(slots=True)
+class _Chunk:
+    sequence: Sequence
+    num_tokens: int
+    first_new_page: int
+    is_reset: bool
+
+
+@dataclasses.dataclass(slots=True)
+class _Plan:
+    """One scheduling pass. Nothing but page lists is changed before the plan is committed."""
+
+    budget: int  # tokens left
+    chunks: dict[int, _Chunk] = dataclasses.field(default_factory=dict)  # by sequence tag
+    installs: list[AdapterInstall] = dataclasses.field(default_factory=list)
+    num_install_pages: int = 0
+    has_preempted: bool = False
+
+    def add(self, chunk: _Chunk) -> None:
+        self.chunks[chunk.sequence.tag] = chunk
+        self.budget -= chunk.num_tokens
+
+    def discard(self, sequence: Sequence) -> None:
+        chunk = self.chunks.pop(sequence.tag, None)
+        if chunk is not None:
+            self.budget += chunk.num_tokens
+
+
+class Scheduler:
+    """Owns the queues, the rows and, through pool and residency, all that sequences hold."""
+
+    def __init__(
+        self, config: SchedulerConfig, pool: PagePool, residency: Residency, host_store: HostStore
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._residency = residency
+        self._host_store = host_store
+        self._waiting: deque[Sequence] = deque()  # oldest first, all newer than those running
+        self._running: list[Sequence] = []  # oldest first
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_enqueued = 0  # steps scheduled and not yet given to `update`
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.num_computed_tokens = 0
+        self.num_sampled_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._waiting or self._running)
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        return div_ceil(num_tokens, self._config.page_size)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. The caller leases its adapter version until it is finished."""
+        self._waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Free all that a sequence owns, at once. Does nothing if it is finished."""
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.RUNNING:
+            self._vacate(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    # --- schedule ---
+
+    def schedule(self) -> ScheduledBatch | NeedsDrain | None:
+        """The next step; None if there is nothing to compute before an enqueued step is read."""
+        plan = _Plan(self._config.max_num_batched_tokens)
+        if not self._plan_running(plan):
+            self._roll_back(plan)
+            return NEEDS_DRAIN
+        if not plan.has_preempted:
+            self._plan_waiting(plan)
+        return self._commit(plan) if plan.chunks else None
+
+    def _plan_running(self, plan: _Plan) -> bool:
+        """Plan the running sequences, decoding ones first. False: a drain is needed."""
+        ready = [s for s in self._running if _wants_tokens(s)]
+        decoding = [s for s in ready if _num_missing_tokens(s) == 1]
+        prefilling = [s for s in ready if _num_missing_tokens(s) > 1]
+        for sequence in decoding + prefilling:
+            num_tokens = min(_num_missing_tokens(sequence), plan.budget)
+            if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
+                continue
+            first_new_page = len(sequence.pages)
+            if not self._extend(sequence, sequence.num_computed_tokens + num_tokens, plan):
+                return False
+            if sequence.state is SequenceState.RUNNING:
+                plan.add(_Chunk(sequence, num_tokens, first_new_page, is_reset=False))
+        return True
+
+    def _extend(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> bool:
+        """Pages for the first `num_tokens` tokens; the newest sequences, or it, may have to go."""
+        missing = self.num_pages_for(num_tokens) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        while not self._residency.evict_for(missing):
+            if self._num_enqueued:
+                return False
+            victim = self._running[-1]
+            self._preempt(victim)
+            plan.discard(victim)
+            plan.has_preempted = True
+            if victim is sequence:
+                return True
+        sequence.pages += self._allocate(sequence, missing)
+        return True
+
+    def _plan_waiting(self, plan: _Plan) -> None:
+        while self._waiting and self._free_rows and plan.budget:
+            sequence = self._waiting[0]
+            if not self._admit(sequence, plan):
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            num_tokens = min(_num_missing_tokens(sequence), plan.budget)
+            plan.add(_Chunk(sequence, num_tokens, first_new_page=0, is_reset=True))
+
+    def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""
+        version = self._version_of(sequence)
+        # One spare page for each running sequence: else its next page would preempt this one again.
+        num_pages = self.num_pages_for(sequence.num_tokens)
+        if not self._residency.fits(version, num_pages + len(self._running)):
+            return False
+        if version is not None:
+            num_install_pages = self._residency.missing_pages(version)
+            total = plan.num_install_pages + num_install_pages
+            if num_install_pages and plan.installs and total > self._config.install_pages_per_step:
+                return False
+            sequence.slot, install = self._residency.acquire(version)
+            if install is not None:
+                plan.installs.append(install)
+                plan.num_install_pages += num_install_pages
+        if not self._residency.evict_for(num_pages):
+            raise InternalError("admitted a sequence without room for its tokens")
+        sequence.pages = self._allocate(sequence, num_pages)
+        sequence.row = self._free_rows.pop()
+        sequence.state = SequenceState.RUNNING
+        return True
+
+    def _commit(self, plan: _Plan) -> ScheduledBatch:
+        chunks = sorted(plan.chunks.values(), key=lambda chunk: chunk.num_tokens > 1)
+        rows = tuple(self._commit_row(chunk) for chunk in chunks)
+        self.num_steps += 1
+        self._num_enqueued += 1
+        return ScheduledBatch(self.num_steps, rows, tuple(plan.installs))
+
+    def _commit_row(self, chunk: _Chunk) -> ScheduledRow:
+        sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
+        assert sequence.row is not None
+        version = self._version_of(sequence)
+        row = ScheduledRow(
+            sequence=sequence,
+            row=sequence.row,
+            slot=sequence.slot,
+            adapter_tag=0 if version is None else version.tag,
+            start=start,
+            num_tokens=chunk.num_tokens,
+            first_new_page=chunk.first_new_page,
+            is_reset=chunk.is_reset,
+            samples=start + chunk.num_tokens == sequence.num_tokens,
+        )
+        sequence.num_computed_tokens += chunk.num_tokens
+        sequence.num_in_flight += row.samples
+        self.num_computed_tokens += chunk.num_tokens
+        return row
+
+    def _roll_back(self, plan: _Plan) -> None:
+        for chunk in plan.chunks.values():
+            sequence = chunk.sequence
+            self._pool.free(sequence.pages[chunk.first_new_page :], sequence.tag)
+            del sequence.pages[chunk.first_new_page :]
+
+    # --- update ---
+
+    def update(self, result: StepResult) -> list[TokenEvent]:
+        """Take in the oldest enqueued step's tokens; those of finished sequences are dropped."""
+        self._num_enqueued -= 1
+        events = []
+        for sampled in result.tokens:
+            if sampled.sequence.state is not SequenceState.FINISHED:
+                sampled.sequence.num_in_flight -= 1
+                events.append(self._take(sampled))
+        return events
+
+    def _take(self, sampled: SampledToken) -> TokenEvent:
+        sequence, token = sampled.sequence, sampled.token_id
+        if not sampled.is_finite:
+            self.abort(sequence)
+            return TokenEvent(sequence, None, is_finite=False)
+        self.num_sampled_tokens += 1
+        num_outputs = len(sequence.output_token_ids)
+        # The device never samples a stop id before min_tokens; if one comes, it is plain.
+        if token in sequence.stop_ids and num_outputs >= sequence.params.min_tokens:
+            self.abort(sequence)
+            return TokenEvent(sequence, None, finish_reason="stop", stop_token_id=token)
+        sequence.output_token_ids.append(token)
+        if num_outputs + 1 < sequence.max_output_tokens:
+            return TokenEvent(sequence, token, sampled.logprobs)
+        self.abort(sequence)
+        return TokenEvent(sequence, token, sampled.logprobs, finish_reason="length")
+
+    # --- what sequences hold ---
+
+    def _version_of(self, sequence: Sequence) -> AdapterVersion | None:
+        return None if sequence.version_id is None else self._host_store.get(sequence.version_id)
+
+    def _allocate(self, sequence: Sequence, num_pages: int) -> list[int]:
+        pages = self._pool.allocate(num_pages, sequence.tag)
+        assert pages is not None  # the caller made room
+        return pages
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Back to the head of the queue, with nothing; only while no step is enqueued."""
+        self._vacate(victim)
+        victim.state = SequenceState.WAITING
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        self._waiting.appendleft(victim)
+        self.num_preemptions += 1
+
+    def _vacate(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self._running.remove(sequence)
+        self._pool.free(sequence.pages, sequence.tag)
+        self._free_rows.append(sequence.row)
+        if sequence.version_id is not None:
+            self._residency.release(sequence.version_id)
+        sequence.pages, sequence.row, sequence.slot = [], None, 0
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless rows, pages, pins and queue order add up."""
+        rows = self._free_rows + [s.row for s in self._running if s.row is not None]
+        if sorted(rows) != list(range(self._config.max_num_seqs)):
+            raise InternalError(f"rows {sorted(rows)} are not 0 to {self._config.max_num_seqs - 1}")
+        tags = [s.tag for s in [*self._running, *self._waiting]]
+        if tags != sorted(set(tags)):
+            raise InternalError(f"queue order: sequence tags {tags} do not grow")
+        if any(s.pages or s.row is not None for s in self._waiting):
+            raise InternalError("a waiting sequence owns pages or a row")
+        num_pages = 0
+        pins: dict[str, int] = {}
+        for sequence in self._running:
+            num_pages += len(sequence.pages)
+            if any(self._pool.owner_of(page) != sequence.tag for page in sequence.pages):
+                raise InternalError(f"sequence {sequence.tag}: owns not all of its pages")
+            if sequence.version_id is not None:
+                pins[sequence.version_id] = pins.get(sequence.version_id, 0) + 1
+        for version in self._host_store:
+            pinned = self._residency.num_pins(version.version_id)
+            if pins.get(version.version_id, 0) != pinned:
+                raise InternalError(
+                    f"adapter version {version.version_id}: {pinned} pins, not {pins}"
+                )
+        total = self._pool.num_free + num_pages + self._residency.num_pages
+        if total != self._pool.num_usable:
+            raise InternalError(
+                f"{self._pool.num_free} free + {num_pages} sequence + {self._residency.num_pages} "
+                f"adapter pages != {self._pool.num_usable}"
+            )
+
+
+def _num_missing_tokens(sequence: Sequence) -> int:
+    """Tokens without KV, the one in flight included."""
+    return sequence.num_tokens - sequence.num_computed_tokens
+
+
+def _wants_tokens(sequence: Sequence) -> bool:
+    """Whether another token may be sampled after the one in flight."""
+    return len(sequence.output_token_ids) + sequence.num_in_flight < sequence.max_output_tokens
