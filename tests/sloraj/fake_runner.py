@@ -137,7 +137,7 @@ class FakeRunner:
         self.slots[install.slot] = _Slot(install.tag, install.pages)
         for page, place in zip(install.pages, range(install.packed.num_pages), strict=True):
             self._take_page(page, install.tag)
-            self.cells[page][0] = int(install.packed.pages[0, place, 0])
+            self.cells[page][0] = int(install.packed.pages[place, 0, 0])
 
     def _take_page(self, page: int, tag: int) -> None:
         self._require(page != 0, "the null page was handed out")
