@@ -15,6 +15,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 
+Key = tuple[Any, ...]  # of a program: its kind, then its shape
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -47,7 +48,7 @@ class CompileCounter:
 class CompileJob:
     """A jitted function and the abstract arguments it is compiled for."""
 
-    key: tuple[Any, ...]
+    key: Key
     program: Any
     arguments: tuple[Any, ...]
 
@@ -66,7 +67,7 @@ def ints(*shape: int) -> jax.ShapeDtypeStruct:
 
 def compile_all(
     jobs: list[CompileJob], progress: Callable[[str, int, int], None]
-) -> dict[tuple[Any, ...], Any]:
+) -> dict[Key, Any]:
     """Compiled programs by key. Tracing is sequential, XLA's work runs on all cores.
 
     Calling a compiled program with other shapes is an error, never a compilation.

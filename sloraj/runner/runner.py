@@ -7,7 +7,7 @@ the device never waits for Python. Nothing here decides what runs: that is the s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -30,7 +30,14 @@ from sloraj.model.weights import Leaves
 from sloraj.parallel.mesh import replicated
 from sloraj.runner import programs
 from sloraj.runner.buckets import Bucket, Buckets
-from sloraj.runner.compiles import CompileCounter, CompileJob, abstract, compile_all, ints
+from sloraj.runner.compiles import (
+    CompileCounter,
+    CompileJob,
+    Key,
+    abstract,
+    compile_all,
+    ints,
+)
 from sloraj.runner.packing import known_token_ids, pack_step, step_packing
 from sloraj.runner.rows import (
     RESET_PACKING,
@@ -90,7 +97,7 @@ class DeviceRunner:
         self._compiles = CompileCounter()
         self._known_at_reset: dict[int, int] = {}
         self._num_steps = self._num_install_bytes = 0
-        self._programs: dict[tuple[Any, ...], Any] = {}
+        self._programs: dict[Key, Any] = {}
         self._make_state()
 
     def _make_state(self) -> None:
@@ -134,9 +141,18 @@ class DeviceRunner:
         forwards = len(self._buckets.decode) + len(self._buckets.mixed)
         return forwards + samples + len(INSTALL_PAGES) + 3  # reset, count, bind
 
+    def compile(self, progress: Progress, *, only: Collection[Key] | None = None) -> None:
+        """Compile the programs; `only` names those that a test is content with."""
+        jobs = [job for job in self._jobs() if only is None or job.key in only]
+        self._programs = compile_all(jobs, progress)
+
+    def program_text(self, key: Key) -> str:
+        """The optimised HLO of a compiled program."""
+        return str(self._programs[key].as_text())
+
     def warm_up(self, progress: Progress, *, repeats: int = 1) -> None:
         """Compile every program, run each on the null row and the null page, then stop counting."""
-        self._programs = compile_all(self._jobs(), progress)
+        self.compile(progress)
         for _ in range(repeats):
             self._run_every_program()
         jax.block_until_ready(self._state.pools)

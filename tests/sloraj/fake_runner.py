@@ -32,7 +32,7 @@ BASE = 0  # what "lies in the pages" of the base model
 def packed_adapter(content: int, num_pages: int, max_rank: int = 8) -> PackedAdapter:
     """An adapter whose every page holds `content` and the page's place."""
     places = np.arange(num_pages, dtype=np.int64)
-    pages = (content * 1000 + places).reshape(1, num_pages, 1)
+    pages = (content * 1000 + places).reshape(num_pages, 1, 1)
     return PackedAdapter(f"v{content}", pages, np.zeros((1, 7, 4), np.int32), max_rank)
 
 
