@@ -31,7 +31,7 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except _DuplicateKey as error:
         raise InvalidCheckpoint(
-            f"{where}: key {error.key!r} occurs twice", field=error.key
+            f"{where}: key {shown(error.key)} occurs twice", field=error.key
         ) from error
     except RecursionError as error:
         raise InvalidCheckpoint(f"{where}: JSON is nested too deeply") from error

@@ -165,7 +165,7 @@ def _family(fields: ConfigFields) -> tuple[str, _Family]:
                 "qwen2, qwen3",
                 field="model_type",
             )
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in _FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(_FAMILIES):
         raise UnsupportedCheckpoint(
             f"{fields.where}: architectures is {shown(names)}, supported is one of "
             f"{', '.join(_FAMILIES)}",
@@ -224,41 +224,54 @@ def _head_dim(fields: ConfigFields, family: _Family, hidden: int, heads: int) ->
 
 def _sliding_window(fields: ConfigFields, family: _Family, layers: int) -> int | None:
     """The window of every layer, or None. Layers that differ from each other are refused."""
-    kinds = fields.values.get("layer_types")
+    kinds = _layer_types(fields, layers)
     if family.sliding_window is None:
-        if kinds is not None and set(kinds) - {"full_attention"}:
-            raise UnsupportedCheckpoint(
-                f"{fields.where}: layer_types is {shown(kinds)}, supported is full_attention in "
-                "all layers",
-                field="layer_types",
-            )
         if fields.values.get("sliding_window") is not None:
             raise UnsupportedCheckpoint(
                 f"{fields.where}: sliding_window is not supported for {family.model_type}",
                 field="sliding_window",
             )
-        return None
-    default = family.sliding_window if "sliding_window" not in fields.values else None
-    window: int | None = fields.integer("sliding_window", default)
-    if family.has_window_switch and not fields.boolean("use_sliding_window", False):
         window = None
-    if window is None:
-        has_window = [False] * layers
-    elif isinstance(kinds, list):
-        has_window = [kind == "sliding_attention" for kind in kinds]
-    elif family.has_window_switch:
+    else:
+        absent = "sliding_window" not in fields.values
+        window = fields.integer("sliding_window", family.sliding_window if absent else None)
+    if family.has_window_switch and not fields.boolean("use_sliding_window", False):
+        return None
+    has_window = [window is not None] * layers
+    if family.has_window_switch and window is not None:
         first = fields.integer("max_window_layers", 28, minimum=0)
         has_window = [layer >= first for layer in range(layers)]
-    else:
-        has_window = [True] * layers
+    if kinds:
+        # Where layer_types is given it decides, but only the Qwen classes read it.
+        named = [kind == "sliding_attention" for kind in kinds]
+        if not family.has_window_switch and named != has_window:
+            raise UnsupportedCheckpoint(
+                f"{fields.where}: layer_types contradicts sliding_window = {window}",
+                field="layer_types",
+            )
+        has_window = named
     if any(has_window) and not all(has_window):
         raise UnsupportedCheckpoint(
-            f"{fields.where}: sliding_window holds for some layers only (max_window_layers or "
-            "layer_types); "
-            "supported is all layers or none",
-            field="max_window_layers",
+            f"{fields.where}: sliding_window holds for some layers only "
+            "(max_window_layers or layer_types); supported is all layers or none",
+            field="layer_types" if kinds else "max_window_layers",
         )
     return window if any(has_window) else None
+
+
+def _layer_types(fields: ConfigFields, layers: int) -> list[str]:
+    """The kind of each layer, or an empty list if the config does not say."""
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        return []
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in known for k in kinds):
+        raise UnsupportedCheckpoint(
+            f"{fields.where}: layer_types is {shown(kinds)}, "
+            f"supported are {layers} of {' or '.join(known)}",
+            field="layer_types",
+        )
+    return kinds
 
 
 def _bos_token_id(fields: ConfigFields, family: _Family) -> int | None:

@@ -301,8 +301,7 @@ def _check_shapes(
 def _check_values(
     values: NDArray[Any], factor: float, dtype: str | None, name: str, path: str
 ) -> None:
-    # max and min carry NaN and infinities through, so two reductions see every fault.
-    largest = max(abs(float(values.max())), abs(float(values.min())))
+    largest = _largest_magnitude(values)
     if not np.isfinite(largest):
         raise InvalidCheckpoint(f"{path}: {shown(name)} holds NaN or infinite values", field=name)
     if dtype is None:
@@ -314,6 +313,18 @@ def _check_values(
             f"{limit:g}",
             field=name,
         )
+
+
+def _largest_magnitude(values: NDArray[Any]) -> float:
+    """Largest absolute value; NaN if there is one, else infinity if there is one.
+
+    Without its sign bit an IEEE number orders as an unsigned integer, with infinity and then NaN on
+    top: one integer reduction finds every fault, at any width, without warnings.
+    """
+    unsigned = np.dtype(f"u{values.itemsize}")
+    bits = values.reshape(-1).view(unsigned)
+    largest = (bits & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)).max()
+    return float(np.array([largest], unsigned).view(values.dtype)[0])
 
 
 def _version(modules: Mapping[tuple[int, str], LoraModule], dtype: str | None) -> str:
