@@ -113,18 +113,20 @@ def create_app(
     config: ServerConfig | None = None,
     *,
     default_roots: Sequence[str] = (),
+    max_adapter_slots: int | None = None,
 ) -> Starlette:
     """An ASGI app serving `engine`, or what `engine()` makes on a thread while the app already
     answers.
 
-    `default_roots`: where adapters may be loaded from when the config names no roots. The app's
-    lifespan starts and stops the engine. Raises ConfigError.
+    `default_roots`: where adapters may be loaded from when the config names no roots.
+    `max_adapter_slots` is what routers are told to be the room for adapters on the device.
+    The app's lifespan starts and stops the engine. Raises ConfigError.
     """
     config = config or ServerConfig()
     server = ServerState(
         config=config,
         host=EngineHost(engine, config),
-        metrics=Metrics(vllm_names=config.vllm_metrics),
+        metrics=Metrics(vllm_names=config.vllm_metrics, max_adapter_slots=max_adapter_slots),
         templates=ChatTemplates(config.chat_template, config.chat_template_timeout_s),
         roots=AdapterRoots(config.adapter_root or default_roots),
     )

@@ -119,33 +119,33 @@ class Generation:
         if self._is_over:
             return
         if output.error is not None:
-            self.fail(output.error)
+            self.fail(output.error, after_queued=True)
         elif len(self._queue) >= self._bridge.max_buffered:
             self.fail(TooSlowReader())
         else:
             self._queue.append((index, output))
             self._arrived.set()
 
-    def fail(self, failure: Exception) -> None:
-        """End the generation now, from the event loop: `next` raises `failure`, the engine is let
-        go.
+    def fail(self, failure: Exception, *, after_queued: bool = False) -> None:
+        """End the generation, from the event loop: the engine is let go and `next` raises `failure`, at
+        once or when what had arrived before has been taken.
         """
         if self._is_over:
             return
+        if not after_queued:
+            self._queue.clear()
         self._failure = failure
         self._is_over = True
         self._arrived.set()
         self._abort()
 
     async def next(self) -> Increment:
-        """The next increment. Raises the failure that ended the generation, whatever is still
-        queued.
-        """
-        while not self._queue and self._failure is None:
+        """The next increment. Raises the failure that ended the generation."""
+        while not self._queue:
+            if self._failure is not None:
+                raise self._failure
             self._arrived.clear()
             await self._arrived.wait()
-        if self._failure is not None:
-            raise self._failure
         index, output = self._queue.popleft()
         if output.finish_reason is not None:
             self.num_open_choices -= 1

@@ -76,6 +76,10 @@ class _Worker:
         answered: dict[str, Any] = json.loads(answer)
         return answered
 
+    def kill(self) -> None:
+        """Stop it; safe while another thread waits for its answer."""
+        self._process.kill()
+
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -95,6 +99,7 @@ class ChatTemplates:
         self._timeout_s = timeout_s
         self._found: dict[str, str | None] = {}
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._all: set[_Worker] = set()
         self._executor = concurrent.futures.ThreadPoolExecutor(NUM_WORKERS, "chat-template")
 
     def template(self, model_path: str) -> str:
@@ -126,16 +131,17 @@ class ChatTemplates:
             worker = self._idle.get_nowait()
         except queue.Empty:
             worker = _Worker()
+            self._all.add(worker)
         try:
             answer = worker.ask(job, self._timeout_s)
         except TimeoutError as exc:
-            worker.end()
+            self._end(worker)
             raise InvalidRequest(
                 f"messages: the chat template ran longer than {self._timeout_s:g} s",
                 param="messages",
             ) from exc
-        except BaseException as exc:
-            worker.end()
+        except (OSError, ValueError) as exc:  # it died, or answered half a line
+            self._end(worker)
             raise InvalidRequest("messages: the chat template failed", param="messages") from exc
         self._idle.put(worker)
         if "error" in answer:
@@ -144,13 +150,18 @@ class ChatTemplates:
             )
         return str(answer["text"])
 
+    def _end(self, worker: _Worker) -> None:
+        self._all.discard(worker)
+        worker.end()
+
     def stop(self) -> None:
+        """End every process; what is being rendered fails, and its thread clears up after it."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-        while True:
-            try:
-                self._idle.get_nowait().end()
-            except queue.Empty:
-                return
+        for worker in list(self._all):
+            worker.kill()
+        self._executor.shutdown(wait=True)
+        for worker in list(self._all):
+            self._end(worker)
 
 
 def _read_override(path: str | None) -> str | None:

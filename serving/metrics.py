@@ -25,8 +25,9 @@ _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.
 class EngineSnapshot:
     """What the engine said last, as gauges: one series each, replaced as a whole at each scrape."""
 
-    def __init__(self, *, vllm_names: bool) -> None:
+    def __init__(self, *, vllm_names: bool, max_adapter_slots: int | None) -> None:
         self._vllm_names = vllm_names
+        self._max_adapter_slots = max_adapter_slots or 0
         self.health = EngineHealth(state="starting", heartbeat_age_s=0.0)
         self.info: ModelInfo | None = None
         self.stats: dict[str, Any] = {}
@@ -42,22 +43,21 @@ class EngineSnapshot:
         yield _gauge("sloraj:engine_heartbeat_age_seconds", self.health.heartbeat_age_s)
         yield _gauge("sloraj:adapters_registered", len(self.adapters))
         yield _gauge("sloraj:adapters_on_device", len(self._on_device()))
-        for name, value in self.stats.items():
-            if isinstance(value, int | float) and name.isidentifier():
-                yield _gauge(f"sloraj:engine_{name}", value)
+        for name, value in _numbers(self.stats):
+            yield _gauge(f"sloraj:engine_{name}", value)
         if self._vllm_names and self.info is not None:
             yield from self._vllm(self.info)
 
     def _on_device(self) -> list[str]:
         return [info.adapter_id for info in self.adapters if info.state == "on_device"]
 
-    def _stat(self, *names: str) -> float:
-        return next((float(self.stats[name]) for name in names if name in self.stats), 0.0)
+    def _stat(self, name: str) -> float:
+        return float(self.stats.get(name, 0))
 
     def _vllm(self, info: ModelInfo) -> Iterable[Metric]:
         labels, values = ["model_name", "engine"], [info.model_id, "0"]
-        free = self._stat("num_free_pages", "free_pages")
-        used = 1 - free / max(info.num_pages - 1, 1) if "num_free_pages" in self.stats else 0.0
+        num_pages = self._stat("num_pages")
+        used = 1 - self._stat("num_pages_free") / num_pages if num_pages else 0.0
         for name, value in (
             ("vllm:num_requests_running", self._stat("num_running")),
             ("vllm:num_requests_waiting", self._stat("num_waiting")),
@@ -78,13 +78,22 @@ class EngineSnapshot:
     def _lora_info(self) -> Metric:
         """Routers take this as residency: who is on the device, and how many more would fit."""
         on_device = self._on_device()
-        most = max(int(self._stat("max_adapter_slots")), len(on_device), 1)
+        most = max(self._max_adapter_slots, len(on_device), 1)
         family = GaugeMetricFamily(
             "vllm:lora_requests_info", "adapters on the device",
             labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )  # fmt: skip
         family.add_metric([str(most), "", ",".join(on_device)], time.time())
         return family
+
+
+def _numbers(stats: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """Every number in `stats`, those of nested objects under `outer_inner`."""
+    for name, value in stats.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}_")
+        elif isinstance(value, int | float) and name.isidentifier():
+            yield f"{prefix}{name}", float(value)
 
 
 def _gauge(name: str, value: float) -> Metric:
@@ -94,9 +103,9 @@ def _gauge(name: str, value: float) -> Metric:
 class Metrics:
     """Counts what the server does. Everything here is called on the event loop, except `render`."""
 
-    def __init__(self, *, vllm_names: bool = True) -> None:
+    def __init__(self, *, vllm_names: bool = True, max_adapter_slots: int | None = None) -> None:
         self.registry = CollectorRegistry()
-        self.engine = EngineSnapshot(vllm_names=vllm_names)
+        self.engine = EngineSnapshot(vllm_names=vllm_names, max_adapter_slots=max_adapter_slots)
         self.registry.register(self.engine)
         self._adapter_labels: set[str] = set()
         self._lock = threading.Lock()

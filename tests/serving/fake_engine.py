@@ -214,8 +214,8 @@ class FakeEngine:
     def stats(self) -> concurrent.futures.Future[dict[str, Any]]:
         with self._lock:
             return _done(
-                {"num_running": len(self._running), "num_waiting": 0, "num_free_pages": 90,
-                 "max_adapter_slots": 8}
+                {"num_running": len(self._running), "num_waiting": 0, "num_pages": 100,
+                 "num_pages_free": 90, "runner": {"compiles": 0}}
             )  # fmt: skip
 
     def health(self) -> EngineHealth:
