@@ -1,0 +1,3 @@
+"""The HTTP server and the command line: OpenAI's protocol over any
+`sloraj.frontend_api.FrontendApi`.
+"""
