@@ -5,6 +5,7 @@ Everything "auto" is resolved here, once, and reported: kernels, dtype, context 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -16,16 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from checkpoints.errors import CheckpointError
 from checkpoints.hf_config import read_generation_defaults, read_model_config
 from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
 from checkpoints.orbax_store import is_converted, restore_converted
-from checkpoints.peft_adapter import read_adapter
+from checkpoints.peft_adapter import WEIGHTS_FILE, read_adapter
+from checkpoints.safetensors_file import SafetensorsFile
 from pallas_kernels.dispatch import resolve_implementation
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil
 from sloraj.core import EngineCore
+from sloraj.adapters.loader import LoadFunction
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
 from sloraj.model.rope import max_context
@@ -46,15 +50,21 @@ from sloraj.runner.runner import RunnerConfig
 Progress = Callable[[str, int, int], None]
 log = logging.getLogger("sloraj")
 
-DEFAULT_MAX_RANK = 64
+DEFAULT_MAX_RANK, MAX_RANK = 64, 256
 BLOCK_Q = {"xla": 16, "triton": 64}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
-def build_core(config: EngineConfig, on_progress: Progress) -> tuple[EngineCore, dict[str, Any]]:
-    """Load the model, compile every program, and return the core with what ModelInfo is made of.
+def build_core(
+    config: EngineConfig, on_progress: Progress, *, load_adapter: LoadFunction | None = None
+) -> tuple[EngineCore, dict[str, Any]]:
+    """Load the model, compile every program, load the adapters named in the configuration.
+
+    Returns the core and what ModelInfo is made of. `load_adapter` replaces the reader of adapter
+    directories (benchmarks make theirs up).
 
     Raises: ConfigError: settings that cannot work together. CheckpointError: unusable model files.
+    AdapterLoadError: an unusable adapter.
     """
     started = time.monotonic()
     prepare_jax(config)
@@ -64,22 +74,21 @@ def build_core(config: EngineConfig, on_progress: Progress) -> tuple[EngineCore,
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     ends, layers = _load(config, model_config, mesh, dtype, on_progress)
     loaded_s = time.monotonic() - started
-    runner, scheduler_config, info = build_runner(
-        config, model_config, mesh, dtype, ends, layers, on_progress
-    )
-    layout = info.pop("layout")
-    core = EngineCore(
-        config=scheduler_config,
-        runner=runner,
-        load_adapter=_adapter_loader(model_config, layout, scheduler_config.max_rank),
-    )
+    adapters = find_adapters(config)
+    runner, scheduler_config, layout, info = build_runner(
+        dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
+        model_config, mesh, dtype, ends, layers, on_progress,
+    )  # fmt: skip
+    load = load_adapter or adapter_loader(model_config, layout, scheduler_config.max_rank)
+    core = EngineCore(scheduler_config, runner, load)
+    core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
         "model_id": config.served_model_name or Path(config.model).resolve().name,
         "model_path": str(config.model),
         "generation_defaults": read_generation_defaults(config.model),
         "startup_s": time.monotonic() - started,
-        "weights_s": loaded_s,
     }
+    log.info("ready in %.1f s, of which %.1f s for the weights", info["startup_s"], loaded_s)
     return core, info
 
 
@@ -90,6 +99,45 @@ def prepare_jax(config: EngineConfig) -> None:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def find_adapters(config: EngineConfig) -> list[tuple[str, str]]:
+    """(adapter_id, path) of `adapters`, and of each adapter directory in `adapters_dir`.
+
+    Raises ConfigError when a name comes twice or the directory is missing.
+    """
+    found = list(config.adapters)
+    if config.adapters_dir is not None:
+        if not Path(config.adapters_dir).is_dir():
+            raise ConfigError(
+                f"adapters_dir: got {config.adapters_dir!r}, allowed: an existing directory",
+                param="adapters_dir",
+            )
+        found += [
+            (path.name, str(path))
+            for path in sorted(Path(config.adapters_dir).iterdir())
+            if (path / "adapter_config.json").is_file()
+        ]
+    names = [name for name, _ in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"adapters: {name!r} is given twice", param="adapters")
+    return found
+
+
+def largest_rank(adapters: list[tuple[str, str]]) -> int:
+    """The rank to compile for: that of the largest adapter given, and DEFAULT_MAX_RANK at least.
+
+    Unreadable files count nothing here; loading them says what is wrong.
+    """
+    ranks = [DEFAULT_MAX_RANK]
+    for _, path in adapters:
+        try:
+            with SafetensorsFile(str(Path(path) / WEIGHTS_FILE)) as file:
+                ranks += [file.shape(name)[0] for name in file.names if "lora_A" in name]
+        except CheckpointError:
+            continue
+    return min(max(ranks), MAX_RANK)
 
 
 def _load(
@@ -114,7 +162,7 @@ def build_runner(
     ends: Leaves,
     layers: list[Leaves],
     on_progress: Progress,
-) -> tuple[DeviceRunner, SchedulerConfig, dict[str, Any]]:
+) -> tuple[DeviceRunner, SchedulerConfig, PoolLayout, dict[str, Any]]:
     """The runner, warm, with the numbers that the host side runs on."""
     tp = mesh.size
     device = mesh.devices.flat[0]
@@ -183,10 +231,8 @@ def build_runner(
         "num_pages": plan.num_pages,
         "page_size": config.page_size,
         "num_programs": runner.num_programs,
-        "memory_plan": str(plan),
-        "layout": layout,
     }
-    return runner, scheduler_config, info
+    return runner, scheduler_config, layout, info
 
 
 def _names(buckets: Buckets) -> str:
@@ -230,9 +276,9 @@ def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayou
     return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
 
 
-def _adapter_loader(
-    model: ModelConfig, layout: PoolLayout, max_rank: int
-) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
+def adapter_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
+    """Reads a PEFT directory and packs it for the pool."""
+
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
         weights = read_adapter(path, model, max_rank=max_rank)
         return pack_adapter(weights, layout, model), {"rank": weights.max_rank, "path": path}

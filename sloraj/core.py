@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -26,7 +26,14 @@ from sloraj.adapters.residency import Residency
 from sloraj.admission import make_sequences
 from sloraj.batch import Runner, ScheduledBatch, TokenLogprobs
 from sloraj.config import SchedulerConfig
-from sloraj.errors import EngineUnavailable, InternalError, InvalidRequest, QueueFull, SlorajError
+from sloraj.errors import (
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    QueueFull,
+    SlorajError,
+    from_wire,
+)
 from sloraj.messages import (
     Abort,
     Dead,
@@ -110,6 +117,28 @@ class EngineCore:
         """Queue a message for the next step. Thread-safe. After the end nothing is answered."""
         self._inbox.put(message)
 
+    def preload(
+        self, adapters: Iterable[tuple[str, str]], report: Callable[[int], None]
+    ) -> None:
+        """Load (adapter_id, path) pairs before the loop runs; `report` gets the number done.
+
+        Raises what the first bad one is refused with.
+        """
+        pending = {
+            call_id: LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path)
+            for call_id, (adapter_id, path) in enumerate(adapters)
+        }
+        total = len(pending)
+        for message in pending.values():
+            self.submit(message)
+        while pending:
+            self._wait(HEARTBEAT_S)
+            for message in self.step():
+                if isinstance(message, Reply) and pending.pop(message.call_id, None):
+                    if message.error is not None:
+                        raise from_wire(message.error)
+                    report(total - len(pending))
+
     # --- the loop ---
 
     @property
@@ -121,17 +150,18 @@ class EngineCore:
     def is_stopped(self) -> bool:
         return self._is_stopped
 
-    def run(self, emit: Callable[[FromEngine], None]) -> None:
+    def run(self, emit: Callable[[list[FromEngine]], None]) -> None:
         """Step until Shutdown or a fault (Dead comes last); block on the inbox while idle."""
         next_beat = self._clock()
         while not self._is_stopped:
             if self.is_idle:
                 self._wait(max(next_beat - self._clock(), 0.0))
-            for message in self.step():
-                emit(message)
+            messages = self.step()
             if self._clock() >= next_beat and not self._is_stopped:
                 next_beat = self._clock() + HEARTBEAT_S
-                emit(self.heartbeat())
+                messages.append(self.heartbeat())
+            if messages:
+                emit(messages)
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
