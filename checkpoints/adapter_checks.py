@@ -4,7 +4,6 @@ bytes are read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from checkpoints.config_fields import shown
 from checkpoints.errors import InvalidCheckpoint, UnsupportedCheckpoint
 from checkpoints.hf_weights import module_path
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from checkpoints.module_patterns import ModulePattern
 from checkpoints.peft_config import PeftConfig
 from checkpoints.safetensors_file import SafetensorsFile
 
@@ -41,10 +41,12 @@ def check_targets(
                 f"{file}: holds LoRA weights for {path}, which target_modules does not cover",
                 field="target_modules",
             )
-    if isinstance(peft.target_modules, re.Pattern):
+    if isinstance(peft.target_modules, ModulePattern):
         return
+    parts = [path.split(".") for path in paths.values()]
+    endings = {".".join(part[start:]) for part in parts for start in range(len(part))}
     for name in sorted(peft.target_modules):
-        if not any(path == name or path.endswith(f".{name}") for path in paths.values()):
+        if name not in endings:
             raise InvalidCheckpoint(
                 f"{peft.where}: target_modules names {shown(name)}, which the base model does not "
                 "have",
@@ -85,7 +87,7 @@ def check_shapes(
             field=names["B"],
         )
     if rank != peft.rank_of(path):
-        field = "rank_pattern" if any(p.match(path) for p, _ in peft.rank_pattern) else "r"
+        field = "rank_pattern" if any(p.match_suffix(path) for p, _ in peft.rank_pattern) else "r"
         raise InvalidCheckpoint(
             f"{file.path}: {path} has rank {rank}, {field} in the config says {peft.rank_of(path)}",
             field=field,
