@@ -1,6 +1,4 @@
-"""Checks of an adapter against its config, the base model and a target dtype, before and after its
-bytes are read.
-"""
+"""Checks of an adapter against its config, the base model and a target dtype."""
 
 from __future__ import annotations
 

@@ -40,8 +40,10 @@ class ModulePattern:
     """One compiled pattern. `field` and `where` name its origin in messages."""
 
     def __init__(self, pattern: str, budget: MatchBudget, *, field: str, where: str) -> None:
-        """Raises InvalidCheckpoint: not a regular expression. UnsupportedCheckpoint: too long, or
-        with flags, back-references, look-behind, atomic groups or possessive repeats.
+        """Compile, and refuse what cannot be matched in bounded time.
+
+        Raises: InvalidCheckpoint: not a regular expression. UnsupportedCheckpoint: too long, or
+                with flags, back-references, look-behind, atomic groups or possessive repeats.
         """
         self._pattern, self._budget, self._field, self._where = pattern, budget, field, where
         if len(pattern) > _MAX_LENGTH:
@@ -70,9 +72,7 @@ class ModulePattern:
         return len(path) in self._run(self._tree, frozenset({0}), path)
 
     def match_suffix(self, path: str) -> bool:
-        """As `re.match(rf"(.*\\.)?({pattern})$", path)`: PEFT's rule for rank_pattern and
-        alpha_pattern.
-        """
+        """As `re.match(rf"(.*\\.)?({pattern})$", path)`: PEFT's rule for rank and alpha."""
         if self._suffix is not None:
             return self._suffix.match(path) is not None
         starts = frozenset({0} | {i + 1 for i, letter in enumerate(path) if letter == "."})

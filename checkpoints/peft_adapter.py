@@ -41,9 +41,7 @@ _CONVERT = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One low-rank update, W + scaling * b @ a. Arrays are C-contiguous, in the dtype of the
-    file.
-    """
+    """One low-rank update, W + scaling * b @ a; C-contiguous, in the dtype of the file."""
 
     a: NDArray[Any]  # [rank, in]
     b: NDArray[Any]  # [out, rank]
@@ -72,9 +70,7 @@ class AdapterWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What `check_adapter` found. `problem` is None for a sound adapter, else the message that
-    loading would give.
-    """
+    """What `check_adapter` found; `problem` is None, or the message that loading gives."""
 
     path: str
     problem: str | None
@@ -135,9 +131,7 @@ def check_adapter(
     root: str | None = None,
     dtype: str | None = None,
 ) -> AdapterReport:
-    """Load the adapter and throw the weights away; the message is the one that loading gives. Never
-    raises CheckpointError.
-    """
+    """Load the adapter and report; a CheckpointError becomes `problem`, with the same message."""
     try:
         found = read_adapter(path, config, max_rank=max_rank, root=root, dtype=dtype)
     except CheckpointError as error:
@@ -172,9 +166,7 @@ def _weights_file(path: str) -> str:
 def _place_tensors(
     file: SafetensorsFile, config: ModelConfig
 ) -> dict[tuple[int, str], dict[str, str]]:
-    """(layer, module) -> {"A": tensor name, "B": tensor name}; every tensor of the file is placed
-    or an error raised.
-    """
+    """(layer, module) -> {"A": tensor name, "B": tensor name}, for every tensor of the file."""
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     for name in file.names:
         parsed: TensorName = parse_tensor_name(name, config.num_layers, file.path)

@@ -1,5 +1,4 @@
-"""`adapter_config.json` of a PEFT LoRA adapter -> `PeftConfig`: what to apply where, with which
-rank and scaling.
+"""`adapter_config.json` of a PEFT LoRA adapter -> what to apply where, with which scaling.
 
 Every field of PEFT 0.21's `LoraConfig` falls in one class: honoured, without effect at inference
 (passed over), or refused by name. A field that PEFT does not have is refused unless it is empty: it
@@ -69,9 +68,7 @@ _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
-    """The fields of an adapter config that matter at inference. Module paths are those inside the
-    base model.
-    """
+    """The fields that matter at inference. Module paths are those inside the base model."""
 
     where: str  # the file, for messages
     rank: int
@@ -98,9 +95,7 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str, layer: int) -> bool:
-        """Whether PEFT would put LoRA on the module at `path` in `layer`. Undefined if
-        target_modules is None.
-        """
+        """Whether PEFT would put LoRA on the module at `path`; target_modules must be known."""
         if _selects(self.exclude_modules, path):
             return False
         if isinstance(self.target_modules, ModulePattern):
