@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoints.model_config import TARGET_MODULES
-from checkpoints.peft_adapter import read_adapter
+from checkpoints.peft_adapter import check_adapter, read_adapter
 from tests.checkpoints.fixtures import tiny_config, write_adapter
 
 CONFIG = tiny_config()
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,17 @@ def test_defaults_of_a_minimal_config_are_pefts(tmp_path: Path) -> None:
     found = read_adapter(str(tmp_path), CONFIG)
     assert {module.scaling for module in found.modules.values()} == {1.0}
     assert found.base_model_name is None
+
+
+def test_no_changed_byte_of_the_data_goes_unnoticed(tmp_path: Path) -> None:
+    write_adapter(tmp_path, CONFIG, seed=0, dtype="bfloat16")
+    version = read_adapter(str(tmp_path), CONFIG).version
+    sound = (tmp_path / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(sound[:8], "little")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(start, len(sound), 50):
+        damaged = bytearray(sound)
+        damaged[position] ^= 1 << int(rng.integers(0, 8))
+        (tmp_path / WEIGHTS).write_bytes(damaged)
+        report = check_adapter(str(tmp_path), CONFIG)
+        assert not report.is_sound or report.version != version
