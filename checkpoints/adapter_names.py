@@ -1,5 +1,4 @@
-"""Tensor names in an adapter file -> (layer, module, half), or an error that says what the tensor
-is.
+"""Tensor names in an adapter file -> (layer, module, half), or an error naming what it is.
 
 Accepted: `<prefix>layers.<n>.<self_attn|mlp>.<module>.lora_<A|B>[.default].weight`, prefix being
 one of a short list.
@@ -49,8 +48,9 @@ class TensorName:
 
 
 def parse_tensor_name(name: str, num_layers: int, path: str) -> TensorName:
-    """Place one tensor. Raises UnsupportedCheckpoint for what PEFT knows and we do not,
-    InvalidCheckpoint for the rest.
+    """Place one tensor.
+
+    Raises: UnsupportedCheckpoint: PEFT knows it, we do not. InvalidCheckpoint: anything else.
     """
     found = _TENSOR.fullmatch(name) if len(name) <= 500 else None
     if found is None or found["prefix"] not in _PREFIXES:

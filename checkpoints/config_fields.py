@@ -24,8 +24,9 @@ REQUIRED: Final = _Required()
 
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object. Raises InvalidCheckpoint for bad UTF-8 or JSON, a duplicate key, too
-    deep nesting, or not an object.
+    """Parse one JSON object.
+
+    Raises: InvalidCheckpoint: bad UTF-8 or JSON, a duplicate key, too deep, or not an object.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)

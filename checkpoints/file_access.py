@@ -79,7 +79,10 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: str) -> N
     """Fill `into` from `offset`. Raises InvalidCheckpoint if the file ends before that."""
     done = 0
     while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise InvalidCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
         if count == 0:
             raise InvalidCheckpoint(f"{path}: ended at byte {offset + done} while being read")
         done += count
@@ -88,9 +91,7 @@ def read_exactly(descriptor: int, into: memoryview, offset: int, path: str) -> N
 def read_small_file(
     path: str, *, root: str | None = None, max_bytes: int = MAX_CONFIG_BYTES
 ) -> bytes:
-    """Whole contents of a small file. Raises as `open_regular`, and InvalidCheckpoint above
-    `max_bytes`.
-    """
+    """Whole contents of a file. Raises as `open_regular`, or above `max_bytes`."""
     descriptor = open_regular(path, root=root)
     try:
         size = os.fstat(descriptor).st_size

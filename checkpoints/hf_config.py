@@ -80,6 +80,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "use_qk_norm": (False,),
+    "clip_qkv": (),
 }
 _DTYPES = ("bfloat16", "float16", "float32")
 

@@ -1,8 +1,7 @@
-"""Weights of a Hugging Face directory: names and shapes checked in full on opening, tensors read
-one by one from the memory map.
+"""Weights of a Hugging Face directory, read one by one from the memory map.
 
-Nothing is loaded on opening, so a model of any size streams to the device with no second copy on
-the host.
+Names and shapes are checked in full on opening. Nothing is loaded on opening, so a model of any
+size streams to the device with no second copy on the host.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ def module_path(layer: int, module: str) -> str:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a checkpoint of this model holds; linear weights are [out,
-    in].
+    """Name -> shape of every tensor that a checkpoint of this model holds.
 
-    `lm_head.weight` is listed only if it is not tied to the embedding.
+    Linear weights are [out, in]. `lm_head.weight` is listed only if it is not tied to the
+    embedding.
     """
     hidden = (config.hidden_size,)
     found: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}

@@ -1,5 +1,4 @@
-"""Converted checkpoints: the engine's own leaves, saved with Orbax so that they restore straight
-onto a mesh.
+"""Converted checkpoints: the engine's own leaves, saved so that they restore onto a mesh.
 
 A converted directory holds `leaves/` (Orbax), `sloraj.json` (format and the model's config), and
 the side files of the model: config.json, tokenizer and chat templates. The only module of this
@@ -39,10 +38,10 @@ def is_converted(path: str) -> bool:
 def save_converted(
     path: str, config: ModelConfig, leaves: Mapping[str, jax.Array], *, source: str | None = None
 ) -> None:
-    """Write `leaves` (name -> array, sharded or not) to the new directory `path`, and copy the side
-    files of `source`.
+    """Write `leaves` (name -> array, sharded or not) to the new directory `path`.
 
-    The manifest is written last: a directory without it is not a converted checkpoint.
+    The side files of the model directory `source` are copied beside them. The manifest is written
+    last: a directory without it is not a converted checkpoint.
     Raises: InvalidCheckpoint: the directory exists already, or a name holds a slash, which Orbax
             would take for a level.
     """
@@ -67,9 +66,7 @@ def save_converted(
 
 
 def read_converted_config(path: str) -> ModelConfig:
-    """The config that was saved. Raises CheckpointNotFound, InvalidCheckpoint or
-    UnsupportedCheckpoint (a newer format).
-    """
+    """The config that was saved. Raises as `restore_converted`."""
     manifest = _manifest(path)
     try:
         fields = dict(manifest["config"])
@@ -85,11 +82,11 @@ def read_converted_config(path: str) -> ModelConfig:
 def restore_converted(
     path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Restore exactly the leaves of `abstract`, each onto the sharding that it carries; every
-    device reads only its bytes.
+    """Restore exactly the leaves of `abstract`, each onto the sharding that it carries.
 
-    Raises: CheckpointNotFound: not a converted directory. InvalidCheckpoint: names, shapes or
-            dtypes differ from what was saved.
+    Every device reads only its bytes.
+    Raises: CheckpointNotFound: not a converted directory. UnsupportedCheckpoint: a newer format.
+            InvalidCheckpoint: names, shapes or dtypes differ from what was saved.
     """
     saved: dict[str, Any] = _manifest(path)["leaves"]
     if missing := sorted(set(abstract) ^ set(saved)):

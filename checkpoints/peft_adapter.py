@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from checkpoints.adapter_checks import check_shapes, check_targets, check_values
 from checkpoints.adapter_names import TensorName, parse_tensor_name
 from checkpoints.config_fields import shown
 from checkpoints.errors import (
@@ -33,7 +32,6 @@ from checkpoints.peft_config import PeftConfig, read_peft_config
 from checkpoints.safetensors_file import SafetensorsFile
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_FLOATS = ("float32", "float16", "bfloat16")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 _CONVERT = (
     'convert with: python -c "import torch, safetensors.torch as s; '
@@ -43,9 +41,7 @@ _CONVERT = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One low-rank update, W + scaling * b @ a. Arrays are C-contiguous, in the dtype of the
-    file.
-    """
+    """One low-rank update, W + scaling * b @ a; C-contiguous, in the dtype of the file."""
 
     a: NDArray[Any]  # [rank, in]
     b: NDArray[Any]  # [out, rank]
@@ -74,9 +70,7 @@ class AdapterWeights:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What `check_adapter` found. `problem` is None for a sound adapter, else the message that
-    loading would give.
-    """
+    """What `check_adapter` found; `problem` is None, or the message that loading gives."""
 
     path: str
     problem: str | None
@@ -114,7 +108,7 @@ def read_adapter(
     peft = read_peft_config(path, num_layers=config.num_layers, root=root)
     with SafetensorsFile(_weights_file(path), root=root) as file:
         pairs = _place_tensors(file, config)
-        _check_targets(peft, config, pairs, file.path)
+        check_targets(peft, config, pairs, file.path)
         modules = {
             key: _read_module(file, peft, config, key, pairs[key], max_rank, dtype)
             for key in sorted(pairs, key=lambda k: (k[0], TARGET_MODULES.index(k[1])))
@@ -137,9 +131,7 @@ def check_adapter(
     root: str | None = None,
     dtype: str | None = None,
 ) -> AdapterReport:
-    """Load the adapter and throw the weights away; the message is the one that loading gives. Never
-    raises CheckpointError.
-    """
+    """Load the adapter and report; a CheckpointError becomes `problem`, with the same message."""
     try:
         found = read_adapter(path, config, max_rank=max_rank, root=root, dtype=dtype)
     except CheckpointError as error:
@@ -174,9 +166,7 @@ def _weights_file(path: str) -> str:
 def _place_tensors(
     file: SafetensorsFile, config: ModelConfig
 ) -> dict[tuple[int, str], dict[str, str]]:
-    """(layer, module) -> {"A": tensor name, "B": tensor name}; every tensor of the file is placed
-    or an error raised.
-    """
+    """(layer, module) -> {"A": tensor name, "B": tensor name}, for every tensor of the file."""
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     for name in file.names:
         parsed: TensorName = parse_tensor_name(name, config.num_layers, file.path)
@@ -202,36 +192,6 @@ def _place_tensors(
     return pairs
 
 
-def _check_targets(
-    peft: PeftConfig, config: ModelConfig, pairs: Mapping[tuple[int, str], object], file: str
-) -> None:
-    """The tensors present are exactly those that the config targets."""
-    if peft.target_modules is None:
-        return
-    paths = {(n, m): module_path(n, m) for n in range(config.num_layers) for m in TARGET_MODULES}
-    targeted = {key for key, path in paths.items() if peft.targets(path, key[0])}
-    for key, path in paths.items():
-        if key in targeted and key not in pairs:
-            raise InvalidCheckpoint(
-                f"{file}: target_modules covers {path}, but the file holds no tensor for it",
-                field="target_modules",
-            )
-        if key in pairs and key not in targeted:
-            raise InvalidCheckpoint(
-                f"{file}: holds LoRA weights for {path}, which target_modules does not cover",
-                field="target_modules",
-            )
-    if isinstance(peft.target_modules, re.Pattern):
-        return
-    for name in sorted(peft.target_modules):
-        if not any(path == name or path.endswith(f".{name}") for path in paths.values()):
-            raise InvalidCheckpoint(
-                f"{peft.where}: target_modules names {shown(name)}, which the base model does not "
-                "have",
-                field="target_modules",
-            )
-
-
 def _read_module(
     file: SafetensorsFile,
     peft: PeftConfig,
@@ -243,7 +203,7 @@ def _read_module(
 ) -> LoraModule:
     """Check shapes before any bytes are read, then copy and check values."""
     path = module_path(*key)
-    rank = _check_shapes(file, peft, config, key, names)
+    rank = check_shapes(file, peft, config, key, names)
     if rank > max_rank:
         raise InvalidCheckpoint(
             f"{file.path}: {path} has rank {rank} > max_lora_rank {max_rank}: restart with "
@@ -252,79 +212,9 @@ def _read_module(
         )
     scaling = peft.scaling_of(path)
     a, b = file.read_copy(names["A"]), file.read_copy(names["B"])
-    _check_values(a, 1.0, dtype, names["A"], file.path)
-    _check_values(b, scaling, dtype, names["B"], file.path)
+    check_values(a, 1.0, dtype, names["A"], file.path)
+    check_values(b, scaling, dtype, names["B"], file.path)
     return LoraModule(a=a, b=b, scaling=scaling, rank=rank)
-
-
-def _check_shapes(
-    file: SafetensorsFile,
-    peft: PeftConfig,
-    config: ModelConfig,
-    key: tuple[int, str],
-    names: Mapping[str, str],
-) -> int:
-    """The rank. Raises InvalidCheckpoint or UnsupportedCheckpoint."""
-    path = module_path(*key)
-    size_in, size_out = config.module_shape(key[1])
-    trained_for = f"; trained for {shown(peft.base_model_name)}" if peft.base_model_name else ""
-    for half, axis, size in (("A", 1, size_in), ("B", 0, size_out)):
-        shape = file.shape(names[half])
-        if len(shape) != 2 or shape[axis] != size or 0 in shape:
-            wanted = f"[*, {size}]" if half == "A" else f"[{size}, *]"
-            raise InvalidCheckpoint(
-                f"{file.path}: {path} lora_{half} is {list(shape)}, base {config.architecture} "
-                f"expects {wanted}{trained_for}",
-                field=names[half],
-            )
-        if file.dtype(names[half]).name not in _FLOATS:
-            raise UnsupportedCheckpoint(
-                f"{file.path}: {shown(names[half])} is {file.dtype(names[half]).name}, supported "
-                f"are {', '.join(_FLOATS)}",
-                field=names[half],
-            )
-    rank, rank_b = file.shape(names["A"])[0], file.shape(names["B"])[1]
-    if rank != rank_b:
-        raise InvalidCheckpoint(
-            f"{file.path}: {path} lora_A has rank {rank}, lora_B has rank {rank_b}",
-            field=names["B"],
-        )
-    if rank != peft.rank_of(path):
-        field = "rank_pattern" if any(p.match(path) for p, _ in peft.rank_pattern) else "r"
-        raise InvalidCheckpoint(
-            f"{file.path}: {path} has rank {rank}, {field} in the config says {peft.rank_of(path)}",
-            field=field,
-        )
-    return rank
-
-
-def _check_values(
-    values: NDArray[Any], factor: float, dtype: str | None, name: str, path: str
-) -> None:
-    largest = _largest_magnitude(values)
-    if not np.isfinite(largest):
-        raise InvalidCheckpoint(f"{path}: {shown(name)} holds NaN or infinite values", field=name)
-    if dtype is None:
-        return
-    limit = float(ml_dtypes.finfo(dtype).max)
-    if largest * max(abs(factor), 1.0) > limit:
-        raise InvalidCheckpoint(
-            f"{path}: {shown(name)} holds {largest:g} (scaling {factor:g}), {dtype} ends at "
-            f"{limit:g}",
-            field=name,
-        )
-
-
-def _largest_magnitude(values: NDArray[Any]) -> float:
-    """Largest absolute value; NaN if there is one, else infinity if there is one.
-
-    Without its sign bit an IEEE number orders as an unsigned integer, with infinity and then NaN on
-    top: one integer reduction finds every fault, at any width, without warnings.
-    """
-    unsigned = np.dtype(f"u{values.itemsize}")
-    bits = values.reshape(-1).view(unsigned)
-    largest = (bits & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)).max()
-    return float(np.array([largest], unsigned).view(values.dtype)[0])
 
 
 def _version(modules: Mapping[tuple[int, str], LoraModule], dtype: str | None) -> str:

@@ -1,5 +1,4 @@
-"""`adapter_config.json` of a PEFT LoRA adapter -> `PeftConfig`: what to apply where, with which
-rank and scaling.
+"""`adapter_config.json` of a PEFT LoRA adapter -> what to apply where, with which scaling.
 
 Every field of PEFT 0.21's `LoraConfig` falls in one class: honoured, without effect at inference
 (passed over), or refused by name. A field that PEFT does not have is refused unless it is empty: it
@@ -11,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from checkpoints.config_fields import ConfigFields, read_fields, shown
 from checkpoints.errors import CheckpointNotFound, InvalidCheckpoint, UnsupportedCheckpoint
 from checkpoints.model_config import TARGET_MODULES
-from checkpoints.module_patterns import compile_pattern
+from checkpoints.module_patterns import MatchBudget, ModulePattern
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -62,43 +61,45 @@ _HINTS = {
     "init_lora_weights": "convert it when saving, with path_initial_model_for_weight_conversion",
 }
 _MAX_TARGETS = 100_000
+_MAX_PATTERNS = 4096
+Value = TypeVar("Value")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
-    """The fields of an adapter config that matter at inference. Module paths are those inside the
-    base model.
-    """
+    """The fields that matter at inference. Module paths are those inside the base model."""
 
     where: str  # the file, for messages
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
-    target_modules: frozenset[str] | re.Pattern[str] | None  # None: not stated, the tensors decide
-    exclude_modules: frozenset[str] | re.Pattern[str]
+    rank_pattern: tuple[tuple[ModulePattern, int], ...]
+    alpha_pattern: tuple[tuple[ModulePattern, float], ...]
+    target_modules: frozenset[str] | ModulePattern | None  # None: not stated, the tensors decide
+    exclude_modules: frozenset[str] | ModulePattern
     layers_to_transform: frozenset[int]  # empty: all
     base_model_name: str | None
 
     def rank_of(self, path: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(path)), self.rank)
+        return next(
+            (rank for pattern, rank in self.rank_pattern if pattern.match_suffix(path)), self.rank
+        )
 
     def scaling_of(self, path: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha = next((a for pattern, a in self.alpha_pattern if pattern.match(path)), self.alpha)
+        alpha = next(
+            (a for pattern, a in self.alpha_pattern if pattern.match_suffix(path)), self.alpha
+        )
         rank = self.rank_of(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str, layer: int) -> bool:
-        """Whether PEFT would put LoRA on the module at `path` in `layer`. Undefined if
-        target_modules is None.
-        """
+        """Whether PEFT would put LoRA on the module at `path`; target_modules must be known."""
         if _selects(self.exclude_modules, path):
             return False
-        if isinstance(self.target_modules, re.Pattern):
-            return self.target_modules.fullmatch(path) is not None
+        if isinstance(self.target_modules, ModulePattern):
+            return self.target_modules.fullmatch(path)
         names = self.target_modules or frozenset()
         if path in names:  # a full path is not filtered by layer, as in PEFT
             return True
@@ -121,32 +122,24 @@ def read_peft_config(path: str, *, num_layers: int, root: str | None = None) -> 
         )
     fields = read_fields(file, root=root)
     _check_supported(fields)
+    budget = MatchBudget()
     return PeftConfig(
         where=file,
         rank=fields.integer("r", 8),
         alpha=_alpha(fields, "lora_alpha", fields.values.get("lora_alpha", 8)),
         use_rslora=fields.boolean("use_rslora", False),
-        rank_pattern=tuple(
-            (
-                _pattern(fields, "rank_pattern", key),
-                ConfigFields({f"rank_pattern[{key}]": rank}, file).integer(f"rank_pattern[{key}]"),
-            )
-            for key, rank in fields.mapping("rank_pattern").items()
-        ),
-        alpha_pattern=tuple(
-            (_pattern(fields, "alpha_pattern", key), _alpha(fields, f"alpha_pattern[{key}]", alpha))
-            for key, alpha in fields.mapping("alpha_pattern").items()
-        ),
-        target_modules=_target_modules(fields),
-        exclude_modules=_modules(fields, "exclude_modules"),
+        rank_pattern=_patterns(fields, "rank_pattern", budget, _rank),
+        alpha_pattern=_patterns(fields, "alpha_pattern", budget, _alpha),
+        target_modules=_target_modules(fields, budget),
+        exclude_modules=_modules(fields, "exclude_modules", budget),
         layers_to_transform=_layers(fields, num_layers),
         base_model_name=fields.text("base_model_name_or_path", None),
     )
 
 
-def _selects(names: frozenset[str] | re.Pattern[str], path: str) -> bool:
-    if isinstance(names, re.Pattern):
-        return names.fullmatch(path) is not None
+def _selects(names: frozenset[str] | ModulePattern, path: str) -> bool:
+    if isinstance(names, ModulePattern):
+        return names.fullmatch(path)
     parts = path.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
@@ -197,20 +190,39 @@ def _alpha(fields: ConfigFields, name: str, value: object) -> float:
     return alpha
 
 
-def _pattern(fields: ConfigFields, field: str, key: str) -> re.Pattern[str]:
-    """PEFT's rule for rank_pattern and alpha_pattern: the key, as a regular expression, matches the
-    end of the path at a dot.
-    """
-    return compile_pattern(key, field=field, where=fields.where, template=r"(.*\.)?(%s)$")
+def _rank(fields: ConfigFields, name: str, value: object) -> int:
+    rank: int = ConfigFields({name: value}, fields.where).integer(name)
+    return rank
 
 
-def _target_modules(fields: ConfigFields) -> frozenset[str] | re.Pattern[str] | None:
+def _patterns(
+    fields: ConfigFields,
+    field: str,
+    budget: MatchBudget,
+    read_value: Callable[[ConfigFields, str, object], Value],
+) -> tuple[tuple[ModulePattern, Value], ...]:
+    """rank_pattern or alpha_pattern, in the order of the file: the first that matches wins."""
+    found = fields.mapping(field)
+    if len(found) > _MAX_PATTERNS:
+        raise fields.error(field, len(found), f"at most {_MAX_PATTERNS} patterns")
+    return tuple(
+        (
+            ModulePattern(key, budget, field=field, where=fields.where),
+            read_value(fields, f"{field}[{key}]", value),
+        )
+        for key, value in found.items()
+    )
+
+
+def _target_modules(
+    fields: ConfigFields, budget: MatchBudget
+) -> frozenset[str] | ModulePattern | None:
     value = fields.values.get("target_modules")
     if value is None:
         return None
     if isinstance(value, str) and value.lower() == "all-linear":
         return frozenset(TARGET_MODULES)
-    found = _modules(fields, "target_modules")
+    found = _modules(fields, "target_modules", budget)
     if not found:
         raise fields.error(
             "target_modules", value, "a non-empty list of module names, a pattern, or all-linear"
@@ -225,11 +237,13 @@ def _target_modules(fields: ConfigFields) -> frozenset[str] | re.Pattern[str] | 
     return found
 
 
-def _modules(fields: ConfigFields, name: str) -> frozenset[str] | re.Pattern[str]:
+def _modules(
+    fields: ConfigFields, name: str, budget: MatchBudget
+) -> frozenset[str] | ModulePattern:
     """A list of names (or path endings), or one pattern that must match the full path."""
     value = fields.values.get(name)
     if isinstance(value, str) and value:
-        return compile_pattern(value, field=name, where=fields.where)
+        return ModulePattern(value, budget, field=name, where=fields.where)
     if value in (None, ""):
         return frozenset()
     if (

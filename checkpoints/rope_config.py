@@ -36,9 +36,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_rope_config(fields: ConfigFields, max_position_embeddings: int) -> RopeConfig:
-    """The rotary settings of a model. Raises UnsupportedCheckpoint or InvalidCheckpoint naming the
-    field.
-    """
+    """The rotary settings. Raises UnsupportedCheckpoint or InvalidCheckpoint with the field."""
     name, parameters = _parameters(fields)
     rope = ConfigFields(parameters, f"{fields.where}: {name}")
     rope_type = _rope_type(rope)
@@ -82,9 +80,7 @@ def read_rope_config(fields: ConfigFields, max_position_embeddings: int) -> Rope
 
 
 def _parameters(fields: ConfigFields) -> tuple[str, dict[str, Any]]:
-    """(field name, flat parameters). Both spellings at once are accepted only if they say the
-    same.
-    """
+    """(field name, flat parameters). Both spellings at once must say the same."""
     scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
     if scaling and parameters and scaling != parameters:
         raise InvalidCheckpoint(
@@ -162,9 +158,7 @@ def _theta(fields: ConfigFields, rope: ConfigFields) -> float:
 
 
 def _original_length(fields: ConfigFields, rope: ConfigFields, max_position_embeddings: int) -> int:
-    """The field beside the rope parameters wins, as in transformers; without either it is the
-    model's length.
-    """
+    """The outer field wins, as in transformers; without either it is the model's length."""
     outer = fields.integer("original_max_position_embeddings", None)
     inner = rope.integer("original_max_position_embeddings", None)
     length: int = outer or inner or max_position_embeddings

@@ -1,5 +1,4 @@
-"""One safetensors file: header validated in full before any tensor is touched, tensors read without
-a copy.
+"""One safetensors file: header validated in full first, tensors then read without a copy.
 
 Layout: 8 bytes little-endian header length n, n bytes of JSON, then the data. Each header entry is
 `name: {"dtype", "shape", "data_offsets": [begin, end]}` with offsets into the data, which the
@@ -68,9 +67,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str, *, root: str | None = None) -> None:
-        """Raises CheckpointNotFound, InvalidCheckpoint or UnsupportedCheckpoint; see `open_regular`
-        for `root`.
-        """
+        """Open and validate. Raises any CheckpointError; see `open_regular` for `root`."""
         self.path = path
         self._map: mmap.mmap | None = None
         self._descriptor = open_regular(path, root=root)
@@ -129,9 +126,7 @@ class SafetensorsFile:
         return flat.reshape(entry.shape)
 
     def read_copy(self, name: str) -> NDArray[Any]:
-        """An owned, writable copy. Raises InvalidCheckpoint if the file has been cut short
-        meanwhile.
-        """
+        """An owned, writable copy. Raises InvalidCheckpoint if the file was cut short."""
         entry = self._entry(name)
         copied = np.empty(entry.shape, entry.dtype)
         into = memoryview(copied.reshape(-1).view(np.uint8).data)
@@ -139,9 +134,7 @@ class SafetensorsFile:
         return copied
 
     def check_unchanged(self) -> None:
-        """Raises InvalidCheckpoint if the file was written to since it was opened (size or time
-        stamp differ).
-        """
+        """Raises InvalidCheckpoint if size or time stamp changed since the file was opened."""
         if _fingerprint(self._descriptor) != self._opened_as:
             raise InvalidCheckpoint(f"{self.path}: changed while it was being read")
 

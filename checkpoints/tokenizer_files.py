@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.config_fields import ConfigFields, read_fields
 from checkpoints.errors import CheckpointNotFound, InvalidCheckpoint
-from checkpoints.file_access import check_directory, read_small_file
+from checkpoints.file_access import check_directory, open_regular, read_small_file
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -28,18 +28,15 @@ SIDE_FILES = (
     "added_tokens.json",
     TEMPLATE,
 )
-_MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_TEMPLATES = 100
 
 
 def find_tokenizer(path: str, *, root: str | None = None) -> str:
-    """Path of `tokenizer.json` in directory `path`. Raises CheckpointNotFound with what is there
-    instead.
-    """
+    """Path of `tokenizer.json`. Raises CheckpointNotFound with what is there instead."""
     check_directory(path, root=root)
     file = os.path.join(path, TOKENIZER)
-    if os.path.isfile(file):
-        read_small_file(file, root=root, max_bytes=_MAX_TOKENIZER_BYTES)
+    if os.path.lexists(file):
+        os.close(open_regular(file, root=root))
         return file
     slow = [
         n
@@ -51,20 +48,16 @@ def find_tokenizer(path: str, *, root: str | None = None) -> str:
 
 
 def read_tokenizer_config(path: str, *, root: str | None = None) -> dict[str, Any]:
-    """`tokenizer_config.json` as it stands; empty if there is none. Raises InvalidCheckpoint if it
-    is not a JSON object.
-    """
+    """`tokenizer_config.json` as it stands; empty if there is none."""
     file = os.path.join(path, TOKENIZER_CONFIG)
     return dict(read_fields(file, root=root).values) if os.path.lexists(file) else {}
 
 
 def read_chat_templates(path: str, *, root: str | None = None) -> dict[str, str]:
-    """Name -> Jinja source. The one to use unless another is asked for is called "default"; empty
-    if there are none.
+    """Name -> Jinja source; the one to use unless another is asked for is "default".
 
-    Later sources win: `chat_template` in tokenizer_config.json (a string, or a list of {name,
-    template}), then
-    `chat_template.jinja`, then `additional_chat_templates/<name>.jinja`.
+    Later sources win: `chat_template` in tokenizer_config.json (a string, or a list of
+    {name, template}), then `chat_template.jinja`, then `additional_chat_templates/<name>.jinja`.
     """
     config = ConfigFields(
         read_tokenizer_config(path, root=root), os.path.join(path, TOKENIZER_CONFIG)

@@ -41,9 +41,7 @@ _ROPE_EXTRAS = {
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
-    """A Llama of 2 layers, hidden size 64, 4 query heads over 2 kv heads, vocabulary 128,
-    float32.
-    """
+    """A float32 Llama: 2 layers, hidden size 64, 4 query and 2 kv heads, vocabulary 128."""
     fields: dict[str, Any] = {
         "architecture": "LlamaForCausalLM",
         "vocab_size": 128,
@@ -103,9 +101,7 @@ def _rope_fields(rope: RopeConfig, transformers: int) -> dict[str, Any]:
 
 
 def make_weights(config: ModelConfig, seed: int) -> dict[str, Array]:
-    """Random weights under their Hugging Face names, in `config.dtype`; linear weights are [out,
-    in].
-    """
+    """Random weights under their Hugging Face names, in `config.dtype`; linear: [out, in]."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(config.dtype) if config.dtype != "bfloat16" else np.dtype(ml_dtypes.bfloat16)
     found: dict[str, Array] = {}
@@ -147,9 +143,7 @@ def write_hf_model(
     num_shards: int = 1,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Array]:
-    """Write config.json and safetensors (one file, or shards with an index); return the weights
-    written.
-    """
+    """Write config.json and safetensors (or shards with an index); return the weights."""
     directory = os.fspath(directory)
     os.makedirs(directory, exist_ok=True)
     weights = make_weights(config, seed)
@@ -177,9 +171,7 @@ def write_hf_model(
 
 @dataclasses.dataclass(frozen=True)
 class WrittenModule:
-    """Float arrays as stored, and the scaling they are to be applied with: delta = scaling * b @
-    a.
-    """
+    """Arrays as stored, and their scaling: delta = scaling * b @ a."""
 
     a: Array  # [rank, in]
     b: Array  # [out, rank]
@@ -210,13 +202,11 @@ def write_adapter(
     infix: str = "",
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[tuple[int, str], WrittenModule]:
-    """Write adapter_config.json and adapter_model.safetensors; return every module written, by
-    (layer, module).
+    """Write a PEFT directory; return every module written, by (layer, module).
 
-    ranks, alpha: one number, or one per module of `targets` (written as rank_pattern and
-    alpha_pattern). layers: written as layers_to_transform. magnitude: size of B; 1.0 moves logits
-    plainly. infix: ".default" for raw state dicts. overrides: fields put into adapter_config.json
-    last.
+    Args: ranks, alpha: one number, or one per module of `targets` (written as patterns).
+          layers: written as layers_to_transform. magnitude: size of B; 1.0 moves logits plainly.
+          infix: ".default" for raw state dicts. overrides: put into adapter_config.json last.
     """
     directory = os.fspath(directory)
     os.makedirs(directory, exist_ok=True)

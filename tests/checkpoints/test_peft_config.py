@@ -32,7 +32,10 @@ def refusal(path: Path) -> CheckpointError:
             for v in ("16", True, [16], 0, 0.0, float("nan"), float("inf"), 10**400)
         ],
         *[("use_rslora", value) for value in ("true", 1)],
-        *[("rank_pattern", value) for value in (["q_proj"], 8, {"(": 8})],
+        *[
+            ("rank_pattern", value)
+            for value in (["q_proj"], 8, {"(": 8}, dict.fromkeys(map(str, range(5000)), 8))
+        ],
         *[("rank_pattern[q_proj]", {"q_proj": value}) for value in ("8", 0, None, 1.5)],
         *[("alpha_pattern", value) for value in ("q_proj", {"*": 8})],
         *[("alpha_pattern[q_proj]", {"q_proj": value}) for value in ("8", 0, float("nan"))],
@@ -85,8 +88,8 @@ def test_field_of_wrong_type_or_range_is_refused_by_name(
         ("field_from_the_future", "x"),
         ("target_modules", ["q_proj", "lm_head"]),
         ("target_modules", ["q_proj", "model.embed_tokens"]),
-        ("target_modules", "(.*)*x"),
-        ("rank_pattern", {"(q_|q|_)*": 8}),
+        ("target_modules", r"(q)_\1"),
+        ("rank_pattern", {"(?i)Q_PROJ": 8}),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

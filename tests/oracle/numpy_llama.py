@@ -25,8 +25,9 @@ def logits(
     token_ids: Sequence[int],
     merged: Deltas | None = None,
 ) -> Float:
-    """Logits [T, V] after each of the T tokens. `weights` under Hugging Face names; `merged` is
-    added to the linear weights.
+    """Logits [T, V] after each of the T tokens.
+
+    Args: weights: under their Hugging Face names. merged: added to the linear weights.
     """
     embedding = _double(weights["model.embed_tokens.weight"])
     x = embedding[np.asarray(token_ids)]  # [T, D]
@@ -41,9 +42,7 @@ def logits(
 
 
 def merge(modules: Mapping[tuple[int, str], Any]) -> dict[tuple[int, str], Float]:
-    """Deltas of an adapter, from anything with `a` [rank, in], `b` [out, rank] and `scaling` per
-    (layer, module).
-    """
+    """Deltas from anything with `a` [rank, in], `b` [out, rank] and `scaling` per module."""
     return {key: m.scaling * (_double(m.b) @ _double(m.a)) for key, m in modules.items()}
 
 
@@ -140,8 +139,9 @@ def rope_tables(config: ModelConfig, num_tokens: int) -> tuple[Float, Float]:
 
 
 def rope_frequencies(config: ModelConfig, num_tokens: int) -> tuple[Float, float]:
-    """Radians per position [H / 2], and the factor on cos and sin. `num_tokens` counts for the
-    dynamic type only.
+    """Radians per position [H / 2], and the factor on cos and sin.
+
+    `num_tokens` counts for the dynamic type only.
     """
     rope, size = config.rope, config.head_dim
     exponents = np.arange(0, size, 2) / size
@@ -162,9 +162,7 @@ def rope_frequencies(config: ModelConfig, num_tokens: int) -> tuple[Float, float
 
 
 def _llama3(rope: RopeConfig, plain: Float) -> Float:
-    """Long waves are slowed down, short ones kept, those between blended. Source: Llama 3.1
-    reference code.
-    """
+    """Slow long waves down, keep short ones, blend between. Source: Llama 3.1 reference code."""
     assert rope.original_max_position_embeddings is not None
     original = rope.original_max_position_embeddings
     found = []
@@ -181,9 +179,7 @@ def _llama3(rope: RopeConfig, plain: Float) -> Float:
 
 
 def _yarn(rope: RopeConfig, plain: Float, size: int) -> Float:
-    """Source: YaRN (arXiv:2309.00071), section 3.2: a ramp over dimensions between two numbers of
-    turns.
-    """
+    """A ramp over dimensions between two numbers of turns. Source: YaRN (arXiv:2309.00071)."""
     assert rope.original_max_position_embeddings is not None
     original = rope.original_max_position_embeddings
 

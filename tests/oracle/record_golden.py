@@ -1,10 +1,9 @@
-"""Record golden logits from transformers and PEFT: `python tests/oracle/record_golden.py` (needs
-torch, transformers, peft).
+"""Record golden logits from transformers and PEFT.
 
-Each model becomes `golden/<model>/`: `base/` and `adapters/<name>/` as the two libraries save them,
-and `logits.safetensors` with
-`tokens.<prompt>` (int32 [T]) and `logits.<adapter or base>.<prompt>` (float32 [T, V]). Everything
-is seeded and float32 on CPU.
+Run `python tests/oracle/record_golden.py` where torch, transformers and peft are installed. Each
+model becomes `golden/<model>/`: `base/` and `adapters/<name>/` as the two libraries save them,
+and `logits.safetensors` with `tokens.<prompt>` (int32 [T]) and `logits.<adapter or base>.<prompt>`
+(float32 [T, V]). Everything is seeded and float32 on CPU.
 """
 
 from __future__ import annotations
