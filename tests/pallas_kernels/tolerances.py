@@ -15,7 +15,17 @@ ROUNDING = {  # of each answer: what one rounding to the type costs
 }
 
 
-def assert_close(got: Any, want: np.ndarray, *, inner: Any = np.float32) -> None:
+def tensor_core_accumulation(depth: int) -> float:
+    """What adding `depth` products on tensor cores costs, of the largest answer.
+
+    They truncate the running sum to f32 once for every 16 products, always towards zero.
+    """
+    return max(ACCUMULATION, depth / 16 * 2.0**-23)
+
+
+def assert_close(
+    got: Any, want: np.ndarray, *, inner: Any = np.float32, accumulation: float = ACCUMULATION
+) -> None:
     """Each answer within one rounding to its type, plus the accumulation error.
 
     `inner` is the type of factors that the algorithm itself rounds (softmax weights).
@@ -24,7 +34,7 @@ def assert_close(got: Any, want: np.ndarray, *, inner: Any = np.float32) -> None
     error = np.abs(got.astype(np.float64) - want)
     largest = float(np.max(np.abs(want), initial=0.0))
     inner_error = 0.0 if inner == np.float32 else ROUNDING[np.dtype(inner)]
-    allowed = ROUNDING[got.dtype] * np.abs(want) + (ACCUMULATION + inner_error) * largest
+    allowed = ROUNDING[got.dtype] * np.abs(want) + (accumulation + inner_error) * largest
     worst = np.unravel_index(np.argmax(error - allowed), error.shape) if error.size else ()
     assert not np.isnan(error).any(), "the answer has NaNs"
     assert (error <= allowed).all(), (
