@@ -58,8 +58,8 @@ MODELS: dict[str, ModelShape] = {
 def row_slots(popularity: str, num_rows: int, num_slots: int, seed: int) -> np.ndarray:
     """The adapter slot of each row, i32 `[num_rows]`, of `num_slots` slots numbered from 1.
 
-    distinct: no slot twice before all are used; uniform: slots drawn evenly; zipf: the k-th slot with
-    weight k ** -1.5; identical: one slot; base-only: slot 0 everywhere.
+    distinct: no slot twice before all are used; uniform: slots drawn evenly; zipf: the k-th slot
+    with weight k ** -1.5; identical: one slot; base-only: slot 0 everywhere.
     """
     rng = np.random.default_rng(seed)
     slots = np.arange(1, num_slots + 1, dtype=np.int32)

@@ -106,10 +106,15 @@ def read_segment(adapters: AdapterArrays, tile: jax.Array, module: jax.Array) ->
 def read_tile_rows(
     adapters: AdapterArrays, tile: jax.Array, num_places: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Row indices `[num_places]` of a tile, and which of the places are real."""
+    """Row indices `[num_places]` of a tile, and which of the places are real.
+
+    The others hold T, out of bounds: in a masked store, the interpreter lets an index that occurs
+    twice write back the old value.
+    """
+    num_tokens = adapters.row_order.shape[0]
     place = adapters.starts[tile] + jnp.arange(num_places, dtype=jnp.int32)
     is_row = place < adapters.starts[tile + 1]
-    return pltriton.load(adapters.row_order.at[place], mask=is_row, other=0), is_row
+    return pltriton.load(adapters.row_order.at[place], mask=is_row, other=num_tokens), is_row
 
 
 def read_chunks(

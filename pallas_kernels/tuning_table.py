@@ -17,7 +17,7 @@ C = TypeVar("C")
 
 def device_kind() -> str:
     """The kind of the default device, spelled as the name of a file ("nvidia-h200")."""
-    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+    return str(jax.devices()[0].device_kind).lower().replace(" ", "-")
 
 
 def shape_key(**sizes: object) -> str:

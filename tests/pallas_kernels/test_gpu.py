@@ -1,0 +1,180 @@
+"""Gate (c): the compiled kernels on a GPU against the float64 oracles, at real shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_shrink import lora_shrink
+from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.shapes import MODELS, RANKS, row_slots
+from tests.pallas_kernels.attention_case import make_contexts, make_query_tiles
+from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.tolerances import assert_close, tensor_core_accumulation
+
+pytestmark = [
+    pytest.mark.gpu,
+    # JAX 0.11 says at lowering that Pallas-Triton will go one day
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
+BATCHES = [  # model, modules, rows, block_rows, popularity
+    ("llama-7b", QKV, 64, 8, "distinct"),
+    ("llama-7b", QKV, 64, 1, "distinct"),
+    ("llama-7b", OUT, 64, 8, "zipf"),
+    ("llama-7b", GATE_UP, 16, 8, "uniform"),
+    ("llama-7b", DOWN, 16, 8, "identical"),
+    ("llama-7b", QKV, 200, 32, "zipf"),
+    ("llama-7b", DOWN, 200, 64, "identical"),
+    ("llama-3.1-8b", QKV, 64, 8, "uniform"),
+    ("llama-3.1-8b", DOWN, 100, 32, "zipf"),
+    ("qwen2-0.5b", QKV, 32, 8, "zipf"),
+    ("qwen2-0.5b", GATE_UP, 100, 32, "uniform"),
+    ("demo", QKV, 16, 8, "distinct"),
+    ("demo", GATE_UP, 64, 16, "base-only"),
+]
+
+
+def real_case(
+    model: str, modules: tuple[int, ...], num_rows: int, block_rows: int, popularity: str
+) -> tuple[LoraCase, dict[int, int]]:
+    """A batch of one mix of ranks, each other adapter without one of the modules."""
+    shape = MODELS[model]
+    slots = row_slots(popularity, num_rows, 9, seed=1)
+    ranks = (*RANKS, 12, 24, 4)
+    held = {
+        slot: {
+            module: ranks[slot % len(ranks)]
+            for i, module in enumerate(modules)
+            if slot % 2 or i or len(modules) == 1
+        }
+        for slot in range(1, 10)
+    }
+    out_sizes = {module: shape.module_sizes(module)[1] for module in modules}
+    case = make_case(
+        row_slots=slots,
+        ranks=held,
+        in_size=shape.module_sizes(modules[0])[0],
+        out_size=out_sizes,
+        page_elems=shape.page_elems,
+        block_rows=block_rows,
+        dtype=jnp.bfloat16,
+        seed=2,
+    )
+    return case, out_sizes
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
+    case, out_sizes = real_case(*batch)
+    modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
+
+    @jax.jit
+    def run(x: Any, base: Any, v: Any, *adapters: Any) -> Any:
+        shrunk = lora_shrink(
+            *(x, *adapters),
+            modules=modules,
+            num_rows=64,
+            rank_split=1,
+            implementation="triton",
+        )
+        expanded = lora_expand(
+            *(base, v, *adapters, jnp.int32(0)),
+            modules=modules,
+            out_sizes=sizes,
+            implementation="triton",
+        )
+        return shrunk, expanded
+
+    rng = np.random.default_rng(0)
+    num_tokens = len(case.row_slots)
+    base = rng.normal(size=(num_tokens, sum(sizes))).astype(jnp.bfloat16)
+    v = rng.normal(size=(num_tokens, len(modules), 64)).astype(np.float32)
+    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    shrunk, expanded = (np.asarray(array) for array in run(case.x, base, v, *adapters))
+
+    for (row, place), want in case.shrunk(modules).items():
+        accumulation = tensor_core_accumulation(case.x.shape[1])
+        assert_close(shrunk[row, place, : len(want)], want, accumulation=accumulation)
+    assert_close(expanded, case.expanded(base, v, modules, sizes, 0))
+    untouched = case.row_slots == 0
+    assert base[untouched].tobytes() == expanded[untouched].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64), (4, 2, 32), (4, 2, 80), (4, 4, 96)],
+)
+def test_attention_kernels_agree_with_the_oracle(
+    heads: int, kv_heads: int, head_dim: int, dtype: Any
+) -> None:
+    lengths = [512, 1, 700, 16, 333]
+    contexts = make_contexts(
+        lengths=lengths,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=16,
+        dtype=dtype,
+        seed=3,
+        pages_per_row=128,
+    )
+    tiles, tokens = make_query_tiles([(4, 300, 33), (1, 0, 1), (3, 0, 16)], block_q=32, capacity=9)
+    keywords: dict[str, Any] = {
+        "num_kv_heads": kv_heads,
+        "page_size": 16,
+        "scale": head_dim**-0.5,
+        "implementation": "triton",
+    }
+    rng = np.random.default_rng(0)
+    q = (3 * rng.normal(size=(len(tokens) + 2, heads, head_dim))).astype(dtype)
+    rows = np.array([2, 0, 1, 3, 4, 0], np.int32)
+    seen = np.array([700, 512, 1, 9, 333, 0], np.int32)
+
+    @jax.jit
+    def run(q: Any, pool: Any, page_table: Any, rows: Any, seen: Any, tiles: Any, w: Any) -> Any:
+        decoded = paged_decode_attention(q[:6], pool, page_table, rows, seen, w, **keywords)
+        return decoded, paged_ragged_attention(q, pool, page_table, tiles, w, **keywords)
+
+    for window in (2**31 - 1, 100):
+        arrays = (q, contexts.pool, contexts.page_table, rows, seen, tiles, np.int32(window))
+        decoded, prefilled = (np.asarray(array) for array in run(*arrays))
+        for token in range(5):
+            want = contexts.attention(
+                q[token], int(rows[token]), int(seen[token]) - 1, window, head_dim**-0.5
+            )
+            assert_close(decoded[token], want, inner=dtype)
+        assert not decoded[5].any()
+        for t, token_at in enumerate(tokens):
+            assert token_at is not None
+            want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)
+            assert_close(prefilled[t], want, inner=dtype)
+        assert not prefilled[len(tokens) :].any()
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "demo"])
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_kv_lands_in_its_place(model: str, implementation: str) -> None:
+    shape = MODELS[model]
+    rng = np.random.default_rng(0)
+    size = (32, shape.num_kv_heads, shape.head_dim)
+    k, v = (rng.normal(size=size).astype(jnp.bfloat16) for _ in range(2))
+    pages = np.array([0, *rng.permutation(np.arange(1, 60))[:31]], np.int32)
+    offsets = rng.integers(0, 16, size=32).astype(np.int32)
+    want = rng.normal(size=(60, 2, shape.num_kv_heads, 16, shape.head_dim)).astype(jnp.bfloat16)
+    pool = jnp.asarray(want.reshape(60, -1))
+    write = jax.jit(
+        lambda *arrays: kv_write(*arrays, page_size=16, implementation=implementation),
+        donate_argnums=0,
+    )
+    got = np.asarray(write(pool, k, v, pages, offsets))
+    for token in range(1, 32):
+        want[pages[token], 0, :, offsets[token]] = k[token]
+        want[pages[token], 1, :, offsets[token]] = v[token]
+    np.testing.assert_array_equal(got[1:], want.reshape(60, -1)[1:])

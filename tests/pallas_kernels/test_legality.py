@@ -1,0 +1,112 @@
+"""Gate (b): every kernel lowers for CUDA at real shapes, on a machine that has no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_shrink import lora_shrink
+from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.shapes import MODELS, ModelShape
+from pallas_kernels.tiles import LoraTiles, QueryTiles
+
+# JAX 0.11 says at lowering that Pallas-Triton will go one day
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+NUM_PAGES = 40_000  # at 7B more than 2 ** 32 elements: no index may be flat
+
+
+def lowered(op: Callable[..., Any], *shapes: Any, donate: tuple[int, ...] = ()) -> str:
+    """The program of `op` for CUDA, with its Triton kernels inside."""
+    target: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if jax.__version_info__ >= (0, 11):  # earlier versions assume compute capability 9.0
+        device = jax.sharding.AbstractDevice("NVIDIA H200", 132, platform="gpu")
+        mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,), abstract_device=device)
+        target = jax.sharding.use_abstract_mesh(mesh)
+    with target:
+        traced = jax.jit(op, donate_argnums=donate).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return array(*shape, dtype=jnp.bfloat16)
+
+
+def lora_tiles(num_tokens: int, block_rows: int) -> LoraTiles:
+    capacity = num_tokens // block_rows + 64
+    return LoraTiles(
+        row_order=array(num_tokens),
+        starts=array(capacity + 1),
+        slots=array(capacity),
+        num_tiles=array(1),
+        block_rows=block_rows,
+    )
+
+
+def adapters(model: ModelShape, num_tokens: int, block_rows: int) -> tuple[Any, ...]:
+    pool = bf16(NUM_PAGES, model.page_elems)
+    return pool, array(65, 80), array(32, 65, 7, 4), array(), lora_tiles(num_tokens, block_rows)
+
+
+@pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
+@pytest.mark.parametrize(("num_tokens", "block_rows", "max_rank"), [(64, 8, 64), (2048, 32, 256)])
+@pytest.mark.parametrize("modules", [(0, 1, 2), (6,)])
+def test_lora_kernels_lower(
+    model: ModelShape, num_tokens: int, block_rows: int, max_rank: int, modules: tuple[int, ...]
+) -> None:
+    in_size = model.module_sizes(modules[0])[0]
+    out_sizes = tuple(model.module_sizes(module)[1] for module in modules)
+    arrays = adapters(model, num_tokens, block_rows)
+
+    def shrink(*args: Any) -> Any:
+        return lora_shrink(
+            *args, modules=modules, num_rows=max_rank, rank_split=1, implementation="triton"
+        )
+
+    def expand(*args: Any) -> Any:
+        return lora_expand(*args, modules=modules, out_sizes=out_sizes, implementation="triton")
+
+    assert "triton" in lowered(shrink, bf16(num_tokens, in_size), *arrays)
+    base, v = bf16(num_tokens, sum(out_sizes)), (num_tokens, len(modules), max_rank)
+    program = lowered(expand, base, array(*v, dtype=jnp.float32), *arrays, array(), donate=(0,))
+    assert "output_operand_alias" in program
+
+
+@pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
+def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
+    pool = bf16(NUM_PAGES, model.page_elems)
+    tiles = QueryTiles(**{name: array(40) for name in ("row", "q_start", "q_len", "position")},
+                       num_tiles=array(1), block_q=32)  # fmt: skip
+    keywords: dict[str, Any] = {
+        "num_kv_heads": kv_heads,
+        "page_size": model.page_size,
+        "scale": 1.0,
+        "implementation": "triton",
+    }
+
+    def decode(*args: Any) -> Any:
+        return paged_decode_attention(*args, **keywords)
+
+    def prefill(*args: Any) -> Any:
+        return paged_ragged_attention(*args, **keywords)
+
+    def write(*args: Any) -> Any:
+        return kv_write(*args, page_size=model.page_size, implementation="triton")
+
+    table, q, kv = array(256, 512), bf16(64, heads, head_dim), bf16(64, kv_heads, head_dim)
+    assert "triton" in lowered(decode, q, pool, table, array(64), array(64), array())
+    assert "triton" in lowered(prefill, q, pool, table, tiles, array())
+    program = lowered(write, pool, kv, kv, array(64), array(64), donate=(0,))
+    assert "output_operand_alias" in program

@@ -1,0 +1,269 @@
+"""lora_expand against a float64 oracle: gate (a), on the reference and the interpreted kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.lora_expand import Config, lora_expand
+from pallas_kernels.shapes import POPULARITIES, row_slots
+from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = ["xla", "triton"]
+MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
+
+
+def expand(
+    case: LoraCase,
+    *,
+    out_sizes: dict[int, int],
+    num_ranks: int,
+    column_offset: int = 0,
+    spare_columns: int = 0,
+    **keywords: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(base, what came out, the oracle's answer)."""
+    rng = np.random.default_rng(7)
+    modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
+    num_tokens = len(case.row_slots)
+    base = rng.normal(size=(num_tokens, sum(sizes) + column_offset + spare_columns))
+    base = base.astype(case.pool.dtype)
+    base[:, 0] = -0.0  # a row that is only copied keeps even this
+    v = np.full((num_tokens, len(modules), num_ranks), np.nan, np.float32)
+    for row, slot in enumerate(case.row_slots):
+        for place, module in enumerate(modules):
+            rank = case.ranks.get(int(slot), {}).get(module, 0)
+            v[row, place, :rank] = rng.normal(size=rank)
+
+    @jax.jit
+    def run(
+        y: Any, v: Any, pool: Any, pages: Any, segments: Any, layer: Any, tiles: Any, column: Any
+    ) -> Any:
+        return lora_expand(
+            *(y, v, pool, pages, segments, layer, tiles, column),
+            modules=modules,
+            out_sizes=sizes,
+            interpret=keywords["implementation"] == "triton",
+            **keywords,
+        )
+
+    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    y = run(base, v, *adapters, np.int32(column_offset))
+    assert y.dtype == base.dtype
+    return base, np.asarray(y), case.expanded(base, v, modules, sizes, column_offset)
+
+
+def assert_untouched_rows_are_equal_bit_for_bit(
+    base: np.ndarray, y: np.ndarray, row_slots: np.ndarray
+) -> None:
+    untouched = row_slots == 0
+    assert base[untouched].tobytes() == y[untouched].tobytes()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("block_rows", [4, 16])
+def test_every_row_gets_the_delta_of_its_own_adapter(
+    implementation: str, popularity: str, block_rows: int
+) -> None:
+    out_sizes = {0: 200, 1: 72, 2: 72}
+    case = make_case(
+        row_slots=row_slots(popularity, 9, len(MIXED), seed=3),
+        ranks=MIXED,
+        in_size=64,
+        out_size=out_sizes,
+        page_elems=1024,
+        block_rows=block_rows,
+        dtype=np.float32,
+        seed=block_rows,
+    )
+    base, y, want = expand(case, out_sizes=out_sizes, num_ranks=64, implementation=implementation)
+    assert_close(y, want)
+    assert_untouched_rows_are_equal_bit_for_bit(base, y, case.row_slots)
+    if popularity == "base-only":
+        assert base.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("out_size", "page_elems", "dtype"),
+    [
+        (128, 1024, np.float32),
+        (896, 1024, jnp.bfloat16),
+        (896, 4096, np.float16),
+        (11008, 4096, jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("block_rows", [2, 16])
+def test_rows_that_straddle_pages_are_read_from_their_own_pages(
+    implementation: str, out_size: int, page_elems: int, dtype: Any, block_rows: int
+) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 0, 1], np.int32),
+        ranks={1: {4: 3, 5: 8}, 2: {5: 9}},
+        in_size=64,
+        out_size={4: out_size, 5: out_size},
+        page_elems=page_elems,
+        block_rows=block_rows,
+        dtype=dtype,
+        seed=out_size,
+    )
+    base, y, want = expand(
+        case,
+        out_sizes={4: out_size, 5: out_size},
+        num_ranks=9,
+        implementation=implementation,
+    )
+    assert_close(y, want)
+    assert_untouched_rows_are_equal_bit_for_bit(base, y, case.row_slots)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_rows", [2, 16])
+def test_a_device_adds_to_its_own_columns_only(implementation: str, block_rows: int) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 1], np.int32),
+        ranks={1: {3: 24}, 2: {3: 4}},
+        in_size=64,
+        out_size={3: 136},
+        page_elems=1024,
+        block_rows=block_rows,
+        dtype=np.float32,
+        seed=5,
+    )
+    base, y, want = expand(
+        case,
+        out_sizes={3: 136},
+        num_ranks=24,
+        column_offset=136,
+        spare_columns=60,
+        implementation=implementation,
+    )
+    assert_close(y, want)
+    assert base[:, :136].tobytes() == y[:, :136].tobytes()
+    assert base[:, 272:].tobytes() == y[:, 272:].tobytes()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_rows", [4, 32])
+def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
+    case = make_case(
+        row_slots=np.array([1] * 5 + [2], np.int32),
+        ranks={1: {6: 256}, 2: {6: 4}},
+        in_size=64,
+        out_size={6: 200},
+        page_elems=2048,
+        block_rows=block_rows,
+        dtype=np.float32,
+        seed=0,
+    )
+    _, y, want = expand(case, out_sizes={6: 200}, num_ranks=256, implementation=implementation)
+    assert_close(y, want)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(block_chunks=1, block_ranks=16, matvec=True, num_warps=2, num_stages=1),
+        Config(block_chunks=8, block_ranks=8, matvec=True, num_warps=8, num_stages=2),
+        Config(block_chunks=1, block_ranks=16, matvec=False, num_warps=4, num_stages=1),
+        Config(block_chunks=4, block_ranks=32, matvec=False, num_warps=4, num_stages=4),
+    ],
+)
+def test_every_configuration_gives_the_same_answer(config: Config) -> None:
+    out_sizes = {0: 328, 1: 136}
+    case = make_case(
+        row_slots=np.array([1, 2, 1, 1, 0], np.int32),
+        ranks={1: {0: 24, 1: 8}, 2: {0: 5}},
+        in_size=64,
+        out_size=out_sizes,
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=1,
+    )
+    _, y, want = expand(
+        case, out_sizes=out_sizes, num_ranks=24, implementation="triton", config=config
+    )
+    assert_close(y, want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_devices_of_a_mesh_expand_their_own_pages(implementation: str) -> None:
+    """Inside shard_map, an inner jit and with a traced layer, as the model calls it."""
+    cases = [
+        make_case(
+            row_slots=np.array([1, 0, 2], np.int32),
+            ranks={1: {0: 8}, 2: {0: 4}},
+            in_size=64,
+            out_size={0: 128},
+            page_elems=1024,
+            block_rows=2,
+            dtype=np.float32,
+            seed=0,
+        )
+        for _ in range(2)
+    ]
+    cases[1].pool[:] *= 2  # the same adapters, twice as large
+    case = cases[0]
+    adapters = jax.tree.map(jnp.asarray, (case.slot_pages, case.segments, case.tiles))
+    pool = np.concatenate([case.pool for case in cases], axis=1)
+    base = np.zeros((3, 256), np.float32)
+    v = np.ones((3, 1, 8), np.float32)
+    mesh = jax.make_mesh(
+        (2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    spec = jax.sharding.PartitionSpec
+
+    @jax.jit
+    def layer_body(base: Any, v: Any, pool: Any, layer: Any) -> Any:
+        slot_pages, segments, tiles = adapters
+        return lora_expand(
+            *(base, v, pool, slot_pages, segments, layer, tiles, jnp.int32(0)),
+            modules=(0,),
+            out_sizes=(128,),
+            implementation=implementation,
+            interpret=implementation == "triton",
+        )
+
+    step = jax.shard_map(
+        layer_body,
+        mesh=mesh,
+        in_specs=(spec(None, "tp"), spec(), spec(None, "tp"), spec()),
+        out_specs=spec(None, "tp"),
+        check_vma=False,
+    )
+    y = np.asarray(jax.jit(step)(base, v, pool, np.int32(case.layer)))
+    want = case.expanded(base[:, :128], v, (0,), (128,), 0)
+    assert_close(y[:, :128], want)
+    assert_close(y[:, 128:], 2 * want)
+
+
+def test_impossible_arguments_are_refused() -> None:
+    case = make_case(
+        row_slots=np.array([1], np.int32),
+        ranks={1: {0: 8}},
+        in_size=128,
+        out_size={0: 128},
+        page_elems=1024,
+        block_rows=1,
+        dtype=np.float32,
+        seed=0,
+    )
+    with pytest.raises(ValueError, match="'' is not one of"):
+        expand(case, out_sizes={0: 128}, num_ranks=8, implementation="")
+    for shape, message in (((1, 100), "at least 128"), ((2, 128), "not \\[1,")):
+        with pytest.raises(ValueError, match=message):
+            lora_expand(
+                jnp.zeros(shape),
+                jnp.zeros((1, 1, 8)),
+                *(case.pool, case.slot_pages, case.segments, np.int32(0), case.tiles, np.int32(0)),
+                modules=(0,),
+                out_sizes=(128,),
+                implementation="xla",
+            )

@@ -1,0 +1,181 @@
+"""lora_shrink against a float64 oracle: gate (a), on the reference and the interpreted kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.lora_shrink import Config, lora_shrink
+from pallas_kernels.shapes import POPULARITIES, row_slots
+from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = ["xla", "triton"]
+MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
+OUT = {module: 72 for module in range(7)}
+
+
+def shrink(case: LoraCase, *, modules: tuple[int, ...], num_rows: int, **keywords: Any) -> Any:
+    keywords.setdefault("rank_split", 1)
+
+    @jax.jit
+    def run(x: Any, pool: Any, slot_pages: Any, segments: Any, layer: Any, tiles: Any) -> Any:
+        return lora_shrink(
+            *(x, pool, slot_pages, segments, layer, tiles),
+            modules=modules,
+            num_rows=num_rows,
+            interpret=keywords["implementation"] == "triton",
+            **keywords,
+        )
+
+    v = run(case.x, case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    assert v.shape == (case.x.shape[0], len(modules), num_rows)
+    assert v.dtype == jnp.float32
+    return np.asarray(v)
+
+
+def assert_is_oracle(v: np.ndarray, case: LoraCase, modules: tuple[int, ...]) -> None:
+    answers = case.shrunk(modules)
+    for (row, place), want in answers.items():
+        assert_close(v[row, place, : len(want)], want)
+    assert bool(answers) == any(int(slot) for slot in case.row_slots)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("block_rows", [4, 16])
+def test_every_row_is_projected_by_its_own_adapter(
+    implementation: str, popularity: str, block_rows: int
+) -> None:
+    case = make_case(
+        row_slots=row_slots(popularity, 9, len(MIXED), seed=3),
+        ranks=MIXED,
+        in_size=328,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=block_rows,
+        dtype=np.float32,
+        seed=block_rows,
+    )
+    v = shrink(case, modules=(0, 1, 2), num_rows=64, implementation=implementation)
+    assert_is_oracle(v, case, (0, 1, 2))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("in_size", "page_elems", "dtype"),
+    [
+        (128, 1024, np.float32),
+        (896, 1024, jnp.bfloat16),
+        (896, 4096, np.float16),
+        (11008, 4096, jnp.bfloat16),
+    ],
+)
+def test_rows_that_straddle_pages_are_read_from_their_own_pages(
+    implementation: str, in_size: int, page_elems: int, dtype: Any
+) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 0, 1], np.int32),
+        ranks={1: {0: 3, 5: 8}, 2: {5: 9}},
+        in_size=in_size,
+        out_size=OUT,
+        page_elems=page_elems,
+        block_rows=2,
+        dtype=dtype,
+        seed=in_size,
+    )
+    v = shrink(case, modules=(0, 5), num_rows=9, implementation=implementation)
+    assert_is_oracle(v, case, (0, 5))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rank_split", [2, 4])
+def test_a_device_shrinks_with_its_share_of_the_rank_rows(
+    implementation: str, rank_split: int
+) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 3, 1, 2], np.int32),
+        ranks={1: {0: 12, 1: 7}, 2: {0: 24, 1: 4}, 3: {0: 1}},
+        in_size=256,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=rank_split,
+        rank_split=rank_split,
+    )
+    v = shrink(
+        case,
+        modules=(0, 1),
+        num_rows=24 // rank_split,
+        rank_split=rank_split,
+        implementation=implementation,
+    )
+    assert_is_oracle(v, case, (0, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_rows", [4, 32])
+def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
+    case = make_case(
+        row_slots=np.array([1] * 5 + [2], np.int32),
+        ranks={1: {3: 256}, 2: {3: 4}},
+        in_size=200,
+        out_size=OUT,
+        page_elems=2048,
+        block_rows=block_rows,
+        dtype=jnp.bfloat16,
+        seed=0,
+    )
+    v = shrink(case, modules=(3,), num_rows=256, implementation=implementation)
+    assert_is_oracle(v, case, (3,))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(block_ranks=8, block_chunks=2, matvec=True, num_warps=2, num_stages=1),
+        Config(block_ranks=64, block_chunks=8, matvec=True, num_warps=8, num_stages=2),
+        Config(block_ranks=16, block_chunks=1, matvec=False, num_warps=4, num_stages=1),
+        Config(block_ranks=32, block_chunks=4, matvec=False, num_warps=4, num_stages=4),
+    ],
+)
+def test_every_configuration_gives_the_same_answer(config: Config) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 1, 1, 0], np.int32),
+        ranks={1: {0: 24}, 2: {0: 5}},
+        in_size=328,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=1,
+    )
+    v = shrink(case, modules=(0,), num_rows=24, implementation="triton", config=config)
+    assert_is_oracle(v, case, (0,))
+
+
+def test_impossible_arguments_are_refused() -> None:
+    case = make_case(
+        row_slots=np.array([1], np.int32),
+        ranks={1: {0: 8}},
+        in_size=128,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=1,
+        dtype=np.float32,
+        seed=0,
+    )
+    with pytest.raises(ValueError, match="'cuda' is not one of"):
+        shrink(case, modules=(0,), num_rows=8, implementation="cuda")
+    short = LoraCase(**{**vars(case), "x": np.zeros((2, 128), np.float32)})
+    with pytest.raises(ValueError, match="tiles order 1 rows"):
+        shrink(short, modules=(0,), num_rows=8, implementation="xla")
+    odd = LoraCase(**{**vars(case), "pool": np.zeros((2, 1000), np.float32)})
+    for implementation in IMPLEMENTATIONS:
+        with pytest.raises(ValueError, match="page_elems 1000 is not a multiple of 128"):
+            shrink(odd, modules=(0,), num_rows=8, implementation=implementation)

@@ -1,0 +1,191 @@
+"""Paged attention against a float64 oracle: gate (a), on references and interpreted kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import decode_attention_triton, ragged_attention_triton
+from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from tests.pallas_kernels.attention_case import PagedContexts, make_contexts, make_query_tiles
+from tests.pallas_kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = ["xla", "triton"]
+NO_WINDOW = 2**31 - 1
+# heads, kv heads, head_dim, page_size, dtype: MHA, GQA, groups of 7, odd head_dims, pages of 1
+GEOMETRIES = [
+    (4, 4, 128, 16, np.float32),
+    (8, 2, 32, 16, np.float32),
+    (14, 2, 64, 16, jnp.bfloat16),
+    (4, 2, 80, 4, np.float32),
+    (3, 1, 96, 1, np.float16),
+]
+
+
+def decode(
+    contexts: PagedContexts, q: Any, rows: Any, lengths: Any, window: int, **keywords: Any
+) -> np.ndarray:
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        return paged_decode_attention(
+            *arrays,
+            num_kv_heads=contexts.keys[0].shape[1],
+            page_size=contexts.page_size,
+            scale=0.125,
+            interpret=keywords["implementation"] == "triton",
+            **keywords,
+        )
+
+    index = (np.asarray(rows, np.int32), np.asarray(lengths, np.int32), np.int32(window))
+    out = run(q, contexts.pool, contexts.page_table, *index)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    return np.asarray(out)
+
+
+def ragged(contexts: PagedContexts, q: Any, tiles: Any, window: int, **keywords: Any) -> np.ndarray:
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        return paged_ragged_attention(
+            *arrays,
+            num_kv_heads=contexts.keys[0].shape[1],
+            page_size=contexts.page_size,
+            scale=0.125,
+            interpret=keywords["implementation"] == "triton",
+            **keywords,
+        )
+
+    out = run(q, contexts.pool, contexts.page_table, tiles, np.int32(window))
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    return np.asarray(out)
+
+
+def queries(num_tokens: int, num_heads: int, head_dim: int, dtype: Any) -> np.ndarray:
+    rng = np.random.default_rng(11)
+    return (3 * rng.normal(size=(num_tokens, num_heads, head_dim))).astype(dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "dtype"), GEOMETRIES)
+@pytest.mark.parametrize("window", [NO_WINDOW, 5])
+def test_a_decode_row_attends_to_its_visible_positions_only(
+    implementation: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: Any,
+    window: int,
+) -> None:
+    stored = [1, page_size, 70, 33]
+    contexts = make_contexts(
+        lengths=stored,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        seed=heads,
+    )
+    rows, lengths = [2, 0, 0, 3, 1], [70, 1, 0, 20, page_size]
+    q = queries(len(rows), heads, head_dim, dtype)
+    out = decode(contexts, q, rows, lengths, window, implementation=implementation)
+    for token, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if length == 0:
+            assert not out[token].any()
+        else:
+            want = contexts.attention(q[token], row, length - 1, window, 0.125)
+            assert_close(out[token], want, inner=dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
+    contexts = make_contexts(
+        lengths=[300, 3, 129],
+        num_kv_heads=2,
+        head_dim=32,
+        page_size=16,
+        dtype=np.float32,
+        seed=1,
+        pages_per_row=40,
+    )
+    q = queries(4, 4, 32, np.float32)
+    rows, lengths = [0, 1, 2, 0], [300, 3, 129, 0]
+    keywords: dict[str, Any] = {"implementation": implementation}
+    for window in (NO_WINDOW, 100):
+        for splits in (1, 4) if implementation == "triton" else (1,):
+            if implementation == "triton":
+                keywords["config"] = decode_attention_triton.Config(
+                    num_splits=splits, block_kv=32, num_warps=4, num_stages=2
+                )
+            out = decode(contexts, q, rows, lengths, window, **keywords)
+            for token in range(3):
+                want = contexts.attention(q[token], rows[token], lengths[token] - 1, window, 0.125)
+                assert_close(out[token], want)
+            assert not out[3].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "dtype"), GEOMETRIES)
+@pytest.mark.parametrize(("window", "block_q"), [(NO_WINDOW, 16), (7, 8)])
+def test_a_prefill_token_attends_causally_by_absolute_position(
+    implementation: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: Any,
+    window: int,
+    block_q: int,
+) -> None:
+    spans = [(2, 50, 19), (0, 0, 1), (1, 0, 12)]  # a chunk behind a prefix, and whole prompts
+    contexts = make_contexts(
+        lengths=[1, 12, 69],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        seed=heads,
+    )
+    tiles, tokens = make_query_tiles(spans, block_q=block_q, capacity=8)
+    tokens += [None] * 3
+    q = queries(len(tokens), heads, head_dim, dtype)
+    q[-3:] = np.nan
+    out = ragged(contexts, q, tiles, window, implementation=implementation)
+    for t, token in enumerate(tokens):
+        if token is None:
+            assert not out[t].any()
+        else:
+            row, position = token
+            want = contexts.attention(q[t], row, position, window, 0.125)
+            assert_close(out[t], want, inner=dtype)
+
+
+@pytest.mark.parametrize("block_heads", [1, 2, 4])
+def test_heads_may_share_a_program(block_heads: int) -> None:
+    contexts = make_contexts(
+        lengths=[40], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
+    )
+    tiles, tokens = make_query_tiles([(0, 30, 10)], block_q=8, capacity=3)
+    q = queries(len(tokens), 6, 32, np.float32)
+    config = ragged_attention_triton.Config(
+        block_heads=block_heads, block_kv=16, num_warps=4, num_stages=2
+    )
+    out = ragged(contexts, q, tiles, NO_WINDOW, implementation="triton", config=config)
+    for t, token in enumerate(tokens):
+        assert token is not None
+        assert_close(out[t], contexts.attention(q[t], *token, NO_WINDOW, 0.125))
+
+
+def test_impossible_arguments_are_refused() -> None:
+    contexts = make_contexts(
+        lengths=[4], num_kv_heads=2, head_dim=32, page_size=4, dtype=np.float32, seed=2
+    )
+    with pytest.raises(ValueError, match="a multiple of 2 heads"):
+        decode(contexts, queries(1, 3, 32, np.float32), [0], [4], 9, implementation="xla")
+    with pytest.raises(ValueError, match="not \\[num_pages, 1024\\]"):
+        decode(contexts, queries(1, 4, 64, np.float32), [0], [4], 9, implementation="xla")
+    with pytest.raises(ValueError, match="'mosaic' is not one of"):
+        decode(contexts, queries(1, 4, 32, np.float32), [0], [4], 9, implementation="mosaic")
