@@ -251,7 +251,7 @@ class EngineCore:
                 self._is_draining = True
                 self._drains.append(message.call_id)
             case Shutdown():
-                self._stop(EngineUnavailable("the engine was shut down"))
+                self._shut_down(EngineUnavailable("the engine was shut down"))
 
     # --- requests ---
 
@@ -372,23 +372,28 @@ class EngineCore:
 
     # --- the end ---
 
+    def _shut_down(self, error: SlorajError) -> None:
+        for request in list(self._requests.values()):
+            self._fail(request, error)
+        self._adapter_calls.answer_unloaded()
+        self._stop(error)
+
     def _stop(self, error: SlorajError) -> None:
-        """Fail every request and every open call, and end."""
+        """Fail every request and every open call, and end. Frees nothing: a fault may have hit."""
         self._is_stopped = True
-        for request in self._requests.values():
-            failure = RequestFailed(request_id=request.request_id, error=error.to_wire())
-            self._outbox.append(failure)
-        self._requests.clear()
+        self._enqueued = None
         self._adapter_calls.close(error)
-        self._outbox.extend(Reply(call_id=c, error=error.to_wire()) for c in self._drains)
+        wire = error.to_wire()
+        self._outbox.extend(RequestFailed(request_id=r, error=wire) for r in self._requests)
+        self._outbox.extend(Reply(call_id=c, error=wire) for c in self._drains)
+        self._requests.clear()
         self._drains.clear()
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Generate):
-                failure = RequestFailed(request_id=message.request_id, error=error.to_wire())
-                self._outbox.append(failure)
+                self._outbox.append(RequestFailed(request_id=message.request_id, error=wire))
             elif not isinstance(message, LoadDone | Abort | Shutdown):
-                self._outbox.append(Reply(call_id=message.call_id, error=error.to_wire()))
+                self._outbox.append(Reply(call_id=message.call_id, error=wire))
 
     def _die(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"

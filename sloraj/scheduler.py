@@ -69,19 +69,14 @@ class _Plan:
     """One scheduling pass. Nothing but page lists is changed before the plan is committed."""
 
     budget: int  # tokens left
-    chunks: dict[int, _Chunk] = dataclasses.field(default_factory=dict)  # by sequence tag
+    chunks: list[_Chunk] = dataclasses.field(default_factory=list)
     installs: list[AdapterInstall] = dataclasses.field(default_factory=list)
     num_install_pages: int = 0
     has_preempted: bool = False
 
     def add(self, chunk: _Chunk) -> None:
-        self.chunks[chunk.sequence.tag] = chunk
+        self.chunks.append(chunk)
         self.budget -= chunk.num_tokens
-
-    def discard(self, sequence: Sequence) -> None:
-        chunk = self.chunks.pop(sequence.tag, None)
-        if chunk is not None:
-            self.budget += chunk.num_tokens
 
 
 class Scheduler:
@@ -143,7 +138,11 @@ class Scheduler:
         return self._commit(plan) if plan.chunks else None
 
     def _plan_running(self, plan: _Plan) -> bool:
-        """Plan the running sequences, decoding ones first. False: a drain is needed."""
+        """Plan the running sequences, decoding ones first. False: a drain is needed.
+
+        Only decoding ones want pages (admission gives those of all known tokens), and they come
+        oldest first: so none that is planned here is preempted afterwards.
+        """
         ready = [s for s in self._running if _wants_tokens(s)]
         decoding = [s for s in ready if _num_missing_tokens(s) == 1]
         prefilling = [s for s in ready if _num_missing_tokens(s) > 1]
@@ -168,10 +167,9 @@ class Scheduler:
                 return False
             victim = self._running[-1]
             self._preempt(victim)
-            plan.discard(victim)
             plan.has_preempted = True
             if victim is sequence:
-                return True
+                return True  # all others are older, and keep what they have
         sequence.pages += self._allocate(sequence, missing)
         return True
 
@@ -209,7 +207,7 @@ class Scheduler:
         return True
 
     def _commit(self, plan: _Plan) -> ScheduledBatch:
-        chunks = sorted(plan.chunks.values(), key=lambda chunk: chunk.num_tokens > 1)
+        chunks = sorted(plan.chunks, key=lambda chunk: chunk.num_tokens > 1)
         rows = tuple(self._commit_row(chunk) for chunk in chunks)
         self.num_steps += 1
         self._num_enqueued += 1
@@ -236,7 +234,7 @@ class Scheduler:
         return row
 
     def _roll_back(self, plan: _Plan) -> None:
-        for chunk in plan.chunks.values():
+        for chunk in plan.chunks:
             sequence = chunk.sequence
             self._pool.free(sequence.pages[chunk.first_new_page :], sequence.tag)
             del sequence.pages[chunk.first_new_page :]

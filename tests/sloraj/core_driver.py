@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from checkpoints.errors import CheckpointNotFound, InvalidCheckpoint
 from sloraj.admission import choice_seed
 from sloraj.batch import PackedAdapter
 from sloraj.config import SchedulerConfig
@@ -42,7 +43,16 @@ DEFAULT_CONFIG = SchedulerConfig(
 
 
 def load_from_path(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-    """ "content:num_pages[:rank]" -> an adapter; anything else is a bad file."""
+    """ "content:num_pages[:rank]" -> an adapter; a word is what it says."""
+    match path:
+        case "missing":
+            raise CheckpointNotFound("adapter_config.json is missing")
+        case "damaged":
+            raise InvalidCheckpoint("the tensor is cut short")
+        case "unreadable":
+            raise PermissionError("not for you")
+        case "fault":
+            raise ZeroDivisionError("a fault of ours")
     try:
         content, num_pages, *rank = map(int, path.split(":"))
     except ValueError:

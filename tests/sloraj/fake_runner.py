@@ -2,8 +2,9 @@
 
 Its tokens can be computed by hand: the next token is a hash of all tokens before it, of what lies
 in the adapter's pages and of the seed. It reads that back through the row's page table and the
-slot's pages, so a scheduler that hands out a wrong page, row, slot or order changes a token or counts as a
-violation. As on the device, a step takes effect in the order of `execute`; `collect` only tells.
+slot's pages, so a scheduler that hands out a wrong page, row, slot or order changes a token or
+counts as a violation. As on the device, a step takes effect in the order of `execute`; `collect`
+only tells.
 """
 
 from __future__ import annotations

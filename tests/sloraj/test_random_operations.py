@@ -1,0 +1,184 @@
+"""Laws that hold under any order of operations: no page, slot, row or lease is lost or misread,
+and every answer is what the request gets alone, on the adapter version it started on.
+
+More than 100,000 random operations of load, reload, unload, request, cancel and step over several
+geometries, in most of which adapters and tokens fight for pages; integrity is checked at each step.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from sloraj.errors import AdapterBusy, AdapterExists, AdapterNotFound
+from sloraj.messages import Abort
+from tests.sloraj.core_driver import EOS, CoreDriver
+
+NUM_OPERATIONS = 120_000
+NAMES = ("a", "b", "c", "d", "e")
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "tiny pool": {"num_pages": 12, "page_size": 2, "max_adapter_slots": 3, "max_model_len": 20},
+    "one slot": {"num_pages": 20, "page_size": 2, "max_adapter_slots": 1, "max_model_len": 20},
+    "one token a page": {"num_pages": 30, "page_size": 1, "max_model_len": 20},
+    "one row": {"num_pages": 14, "page_size": 2, "max_num_seqs": 1, "max_model_len": 20},
+    "many rows": {
+        "num_pages": 22,
+        "page_size": 2,
+        "max_num_seqs": 10,
+        "max_num_batched_tokens": 11,
+        "max_model_len": 24,
+        "install_pages_per_step": 5,
+    },
+    "room for all": {"num_pages": 120, "max_num_seqs": 8, "max_adapter_slots": 16},
+}
+
+
+class _Traffic:
+    """Random operations on a driver, and what must come of each request."""
+
+    def __init__(self, seed: int, changes: dict[str, Any]) -> None:
+        self.random = random.Random(seed)
+        self.driver = CoreDriver(**changes)
+        self.loaded: dict[str, int] = {}  # name -> content, as the core will see it
+        self.loading: dict[str, int] = {}
+        self.unloads: list[int] = []  # calls that must be answered in the end
+        self.open: dict[str, tuple[list[int], int, dict[str, Any]]] = {}
+        self.refused: list[str] = []  # of these, all must have named an unknown adapter
+        self.num_checked = 0
+        self.num_too_large = 0
+
+    def operate(self) -> None:
+        roll = self.random.random()
+        if roll < 0.5:
+            self.driver.step()
+            self.check_finished()
+        elif roll < 0.86:
+            self.request()
+        elif roll < 0.90:
+            self.cancel()
+        elif roll < 0.95:
+            self.load()
+        elif roll < 0.97:
+            self.finish_loads()
+        else:
+            self.unload()
+
+    def request(self) -> None:
+        if len(self.open) >= 24:
+            return
+        name = self.random.choice([None, *NAMES])
+        limit = self.driver.config.max_model_len
+        prompt = [self.random.randrange(50) for _ in range(self.random.randint(1, limit // 2))]
+        params = {
+            "max_tokens": self.random.randint(1, limit // 3),
+            "ignore_eos": self.random.random() < 0.5,
+            "n": self.random.choice([1, 1, 1, 2]),
+            "temperature": self.random.choice([0.0, 1.0]),
+            "seed": self.random.randrange(100),
+        }
+        request_id = self.driver.generate(prompt, name, **params)
+        if name is None or name in self.loaded:
+            self.open[request_id] = (prompt, 0 if name is None else self.loaded[name], params)
+        else:
+            self.refused.append(request_id)
+
+    def cancel(self) -> None:
+        if self.open:
+            request_id = self.random.choice(list(self.open))
+            self.driver.core.submit(Abort(request_id=request_id))
+            del self.open[request_id]
+            self.driver.step()
+            self.check_finished()
+
+    def load(self) -> None:
+        """Load now, or start a load that `finish_loads` ends."""
+        name, content = self.random.choice(NAMES), self.random.randint(1, 8)
+        path, replace = f"{content}:{content % 5 + 1}", self.random.random() < 0.7
+        self.driver.executor.is_held = self.random.random() < 0.3
+        call_id = self.driver.load(name, path, replace=replace, pinned=self.random.random() < 0.1)
+        self.driver.step()
+        self.check_finished()
+        reply = self.driver.replies.get(call_id)
+        if isinstance(reply, dict):
+            assert reply["version"] == f"v{content}"
+            assert (replace or name not in self.loaded) and name not in self.loading
+            self.loaded[name] = content
+        elif reply is None:
+            assert self.driver.executor.is_held and name not in self.loading
+            self.loading[name] = content
+        elif isinstance(reply, AdapterExists):
+            assert name in self.loaded and not replace
+        else:
+            assert isinstance(reply, AdapterBusy)
+            assert name in self.loading or name not in self.loaded  # it still unloads
+
+    def finish_loads(self) -> None:
+        self.driver.executor.release()
+        self.loaded |= self.loading
+        self.loading.clear()
+
+    def unload(self) -> None:
+        name = self.random.choice(NAMES)
+        call_id = self.driver.unload(name)
+        self.driver.step()
+        self.check_finished()
+        if name in self.loading:
+            assert isinstance(self.driver.replies[call_id], AdapterBusy)
+        elif name not in self.loaded:
+            assert isinstance(self.driver.replies[call_id], AdapterNotFound)
+        else:
+            del self.loaded[name]
+            self.unloads.append(call_id)
+
+    def check_finished(self) -> None:
+        while self.refused:
+            assert isinstance(self.driver.failures.pop(self.refused.pop()), AdapterNotFound)
+        for request_id, (prompt, content, params) in list(self.open.items()):
+            failure = self.driver.failures.pop(request_id, None)
+            if failure is not None:  # the adapter and these tokens together exceed the pool
+                assert failure.param == "max_tokens"
+                self.num_too_large += 1
+                del self.open[request_id]
+                continue
+            answers = [self.driver.answers.get((request_id, i)) for i in range(params["n"])]
+            if any(answer is None or answer.finish_reason is None for answer in answers):
+                continue
+            del self.open[request_id]
+            for index in range(params["n"]):
+                self.driver.expect(
+                    request_id,
+                    prompt,
+                    content,
+                    index,
+                    params["max_tokens"],
+                    params["seed"] if params["temperature"] else None,
+                    () if params["ignore_eos"] else (EOS,),
+                )
+                del self.driver.answers[request_id, index]
+            self.num_checked += 1
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_random_operations_lose_nothing_and_change_no_answer(geometry: str) -> None:
+    num_operations = NUM_OPERATIONS // len(GEOMETRIES) + 1
+    traffic = _Traffic(list(GEOMETRIES).index(geometry), GEOMETRIES[geometry])
+    for _ in range(num_operations):
+        traffic.operate()
+    traffic.finish_loads()
+    for name in traffic.loaded:
+        traffic.unloads.append(traffic.driver.unload(name))
+    traffic.driver.run()
+    traffic.check_finished()
+    assert not traffic.open
+    assert all(traffic.driver.replies[call_id] is None for call_id in traffic.unloads)
+    traffic.driver.expect_clean()
+    stats = traffic.driver.core.stats()
+    assert stats["num_pages_free"] == stats["num_pages"]
+    assert stats["num_adapter_versions"] == stats["num_adapters"] == 0
+    assert traffic.num_checked > num_operations // 20
+    # The traffic reached what it is meant to reach.
+    assert (traffic.num_too_large > 0) == (geometry == "tiny pool")
+    assert (stats["preemptions"] > 0) == (geometry not in ("one row", "room for all"))
+    assert (stats["adapter_evictions"] > 0) == (geometry != "room for all")

@@ -1,0 +1,169 @@
+"""Laws of what stays on the device and what goes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sloraj.adapters.host_store import AdapterVersion, HostStore
+from sloraj.adapters.residency import ExpectedReloadCost, Residency
+from sloraj.errors import CapacityError, InternalError
+from sloraj.pages import PagePool
+from tests.sloraj.fake_runner import packed_adapter
+
+
+class Device:
+    """A residency over a pool of `num_pages` usable pages, with a clock to turn."""
+
+    def __init__(self, num_pages: int = 10, num_slots: int = 4) -> None:
+        self.now_s = 1000.0
+        self.pool = PagePool(num_pages + 1)
+        self.residency = Residency(self.pool, num_slots, lambda: self.now_s)
+        self._tags = itertools.count(1)
+
+    def version(self, content: int, num_pages: int) -> AdapterVersion:
+        return AdapterVersion(packed_adapter(content, num_pages), next(self._tags))
+
+    def use(self, version: AdapterVersion, times: int = 1) -> None:
+        """Acquire and release, so that the version is resident and idle."""
+        for _ in range(times):
+            assert self.residency.fits(version, 0)
+            self.residency.acquire(version)
+            self.residency.release(version.version_id)
+        self.residency.check_integrity()
+
+    def residents(self, *versions: AdapterVersion) -> list[bool]:
+        return [self.residency.is_resident(version.version_id) for version in versions]
+
+
+def test_an_idle_version_stays_and_needs_no_second_install() -> None:
+    device = Device()
+    version = device.version(1, 4)
+    slot, install = device.residency.acquire(version)
+    assert install is not None and install.slot == slot == 1 and install.tag == version.tag
+    assert {device.pool.owner_of(page) for page in install.pages} == {version.tag}
+    device.residency.release(version.version_id)
+    assert device.residency.acquire(version) == (slot, None)
+    assert device.residency.num_installs == 1
+
+
+def test_pinned_by_a_sequence_means_never_evicted() -> None:
+    device = Device(num_pages=10)
+    used, idle = device.version(1, 4), device.version(2, 4)
+    device.residency.acquire(used)
+    device.use(idle)
+    assert not device.residency.evict_for(7)
+    assert device.residents(used, idle) == [True, True]
+    assert device.residency.evict_for(6)
+    assert device.residents(used, idle) == [True, False]
+    device.residency.check_integrity()
+
+
+def test_the_less_used_version_goes_first_whatever_was_used_last() -> None:
+    device = Device(num_pages=8)
+    popular, rare = device.version(1, 4), device.version(2, 4)
+    device.use(popular, times=5)
+    device.now_s += 1
+    device.use(rare)
+    assert device.residency.evict_for(1)
+    assert device.residents(popular, rare) == [True, False]
+
+
+def test_popularity_decays() -> None:
+    device = Device(num_pages=8)
+    once_popular, fresh = device.version(1, 4), device.version(2, 4)
+    device.use(once_popular, times=5)
+    device.now_s += 10 * ExpectedReloadCost().decay_s
+    device.use(fresh)
+    assert device.residency.evict_for(1)
+    assert device.residents(once_popular, fresh) == [False, True]
+
+
+def test_the_order_of_two_idle_versions_does_not_change_with_time() -> None:
+    policy = ExpectedReloadCost(decay_s=10)
+    device = Device()
+    first, second = device.version(1, 2), device.version(2, 2)
+    for now_s in (0.0, 1.0, 2.0):
+        policy.record_use(first, now_s)
+    policy.record_use(second, 5.0)
+
+    def rate(version: AdapterVersion, now_s: float) -> float:
+        decay: float = 2.718281828459045 ** ((version.last_used_s - now_s) / 10)
+        return version.use_weight * decay
+
+    order = policy.keep_value(first) > policy.keep_value(second)
+    assert all((rate(first, t) > rate(second, t)) == order for t in (5.0, 20.0, 300.0))
+
+
+def test_equal_worth_falls_back_to_least_recently_used() -> None:
+    policy = ExpectedReloadCost(decay_s=1e18)  # so slow that both rates are equal
+    device = Device()
+    older, newer = device.version(1, 2), device.version(2, 2)
+    policy.record_use(older, 1.0)
+    policy.record_use(newer, 2.0)
+    assert policy.keep_value(older) < policy.keep_value(newer)
+
+
+def test_versions_loaded_as_pinned_go_last_but_go() -> None:
+    device = Device(num_pages=8)
+    pinned, popular = device.version(1, 4), device.version(2, 4)
+    device.use(pinned)
+    device.use(popular, times=9)
+    pinned.num_pinned = 1
+    device.residency.revalue(pinned)
+    assert device.residency.evict_for(1)
+    assert device.residents(pinned, popular) == [True, False]
+    assert device.residency.evict_for(8)
+    assert device.residents(pinned) == [False]
+
+
+def test_a_full_slot_table_gives_up_an_idle_version_even_with_pages_free() -> None:
+    device = Device(num_pages=10, num_slots=1)
+    first, second = device.version(1, 2), device.version(2, 2)
+    device.use(first)
+    slot, install = device.residency.acquire(second)
+    assert install is not None and slot == 1
+    assert device.residents(first, second) == [False, True]
+    assert not device.residency.fits(first, 0)  # the only slot is in use
+
+
+def test_what_fits_can_be_acquired_and_what_does_not_fit_evicts_nothing() -> None:
+    device = Device(num_pages=10)
+    idle, own = device.version(1, 4), device.version(2, 4)
+    device.use(idle)
+    device.use(own)
+    # 2 pages are free; `own` stays where it is, so only the 4 of `idle` can be had besides.
+    assert device.residency.fits(own, 6) and not device.residency.fits(own, 7)
+    assert device.residency.fits(None, 10) and not device.residency.fits(None, 11)
+    assert not device.residency.evict_for(11)
+    assert device.residents(idle, own) == [True, True]
+    device.residency.acquire(own)
+    assert device.residency.evict_for(6)
+    assert device.residents(idle, own) == [False, True]
+
+
+def test_faults_of_ours_are_told() -> None:
+    device = Device()
+    version = device.version(1, 2)
+    device.residency.acquire(version)
+    with pytest.raises(InternalError, match="in use"):
+        device.residency.drop(version)
+    device.residency.release(version.version_id)
+    with pytest.raises(InternalError, match="more often"):
+        device.residency.release(version.version_id)
+    device.residency.drop(version)
+    assert device.pool.num_free == 10
+
+
+def test_the_host_store_keeps_one_copy_within_its_limit() -> None:
+    store = HostStore(max_bytes=40, next_tag=itertools.count(1).__next__)
+    version = store.add(packed_adapter(1, 3))  # 24 bytes
+    assert store.add(packed_adapter(1, 3)) is version
+    with pytest.raises(CapacityError, match=r"24 bytes .* 24 of 40 .*--host-adapter-bytes"):
+        store.add(packed_adapter(2, 3))
+    assert (len(store), store.num_bytes) == (1, 24)
+    store.drop(version)
+    again = store.add(packed_adapter(1, 3))
+    assert again.tag != version.tag
+    store.check_integrity()
