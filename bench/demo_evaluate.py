@@ -1,7 +1,8 @@
 """Exact-match accuracy of greedy decoding on held-out texts, without decoding.
 
-Greedy decoding gives the right answer and stops if and only if every token of the answer, <eos> included, is the most likely one
-after the prompt and the right tokens before it. So one forward pass over the right answers measures it exactly.
+Greedy decoding gives the right answer and stops if and only if every token of the answer, <eos>
+included, is the most likely one after the prompt and the right tokens before it. So one forward
+pass over the right answers measures it exactly.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def accuracies(
 ) -> dict[str, float]:
     """Share of `num_texts` held-out texts answered exactly, for the base and each task.
 
-    Each task is asked for by its adapter in the stack `lora`, or, if `tagged`, by its tag and no adapter. Matrix products in
-    float32 are exact ones (no TF32).
+    Each task is asked for by its adapter in the stack `lora`, or, if `tagged`, by its tag and no
+    adapter. Matrix products in float32 are true ones (no TF32).
     """
 
     result = {}
