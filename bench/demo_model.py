@@ -1,9 +1,9 @@
 """The demo model in plain JAX: a Llama forward pass for training, with or without a LoRA adapter.
 
 Parameters are one flat dict under their Hugging Face names, in that library's orientation
-([out, in]), so that exporting them is naming them. Adapters are trained as one stack under `vmap`: every A and B is
-padded to the largest rank, and a scale of zero masks out what is not the adapter's own rank, module
-or layer.
+([out, in]), so that exporting them is naming them. Adapters are trained as one stack under `vmap`:
+every A and B is padded to the largest rank, and a scale of zero masks out what is not the adapter's
+own rank, module or layer.
 """
 
 from __future__ import annotations

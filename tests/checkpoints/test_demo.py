@@ -214,3 +214,21 @@ def test_every_recorded_accuracy_is_at_least_99_percent() -> None:
     for column in ("exact_match_float32", "exact_match_bfloat16"):
         assert set(report[column]) == {BASE_TASK.id, *TASKS}
         assert min(report[column].values()) >= 0.99
+
+
+def test_the_readme_gives_the_recorded_accuracy_and_shape_of_every_adapter() -> None:
+    report = read_json(MODEL_DIR.parent / "accuracy.json")
+    rows = {
+        cells[1].strip("() "): [cell.strip() for cell in cells]
+        for line in (MODEL_DIR.parent / "README.md").read_text().splitlines()
+        if line.endswith("% |") and (cells := re.split(r"(?<!\\)\|", line))
+    }
+    assert set(rows) == {BASE_TASK.id, *TASKS}
+    for task_id, cells in rows.items():
+        columns = (report["exact_match_float32"], report["exact_match_bfloat16"])
+        assert cells[-3:-1] == [f"{100 * column[task_id]:.2f} %" for column in columns]
+        task = BASE_TASK if task_id == BASE_TASK.id else TASKS[task_id]
+        assert cells[2:4] == [task.description, f"`{task.answer('Hello World 42')}`"]
+        if task_id in TASKS:
+            config = read_json(ADAPTERS_DIR / task_id / "adapter_config.json")
+            assert cells[4:6] == [str(config["r"]), str(config["lora_alpha"])]
