@@ -147,7 +147,7 @@ def test_every_token_of_the_right_answer_is_the_likeliest(
 ) -> None:
     weights = weights_of(task, base_weights)
     rng = random.Random(11)
-    for text in ("Attack at dawn 7", random_text(rng), random_text(rng)):
+    for text in ("Attack at dawn 7", random_text(rng)):
         question = tokenizer.encode(prompt(text)).ids
         answer = [*task.answer(text).encode(), EOS_TOKEN_ID]
         tokens = likeliest(weights, question + answer[:-1])
