@@ -1,6 +1,7 @@
-"""Which adapter has which rank, scaling and target modules: as mixed as users' adapters are, within a few megabytes.
+"""Which adapter has which rank, scaling and target modules.
 
-Nothing here depends on the task, but the small ranks suffice for all of them: the base already knows how, an adapter only selects.
+As mixed as users' adapters are, within a few megabytes. Small ranks suffice for every task: the
+base already knows how, an adapter only selects.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """An adapter's shape, and how its config spells the target modules (a list, a regular expression or "all-linear")."""
+    """An adapter's shape, and how its config spells the target modules.
+
+    The spelling (a list of names, a regular expression, "all-linear") selects `shape.modules`.
+    """
 
     shape: AdapterShape
     target_modules: tuple[str, ...] | str

@@ -1,9 +1,11 @@
 """Training rows for the demo model: random prompts with computed answers, packed several to a row.
 
-A sample is `first token, prompt bytes, answer bytes, <eos>`. The first token is <bos>; while the base model is trained it may be a
-task's *tag* instead, an extra embedding that exists only in training. A byte's token id is its value.
+A sample is `first token, prompt bytes, answer bytes, <eos>`. The first token is <bos>; while the
+base model is trained it may be a task's *tag* instead, an extra embedding that exists only in
+training. A byte's token id is its value.
 
-Held-out texts are chosen by a hash of the text (one in eight), so that no seed can mix them with the training texts.
+Held-out texts are chosen by a hash of the text (one in eight), so that no seed can mix them with
+the training texts.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ VOCAB_SIZE = (
 TASK_IDS = tuple(TASKS)
 NUM_TRAINING_TOKENS = VOCAB_SIZE + len(TASK_IDS)  # with one tag per task
 
-# How often the base is shown a task, relative to the others: what needs counting takes longest to learn.
+# How often the base is shown a task, relative to the others: what needs counting takes longest.
 _SHARES = {
     BASE_TASK.id: 5.0,
     "reverse": 4.0,
@@ -42,8 +44,9 @@ _SHARES = {
 class Rows:
     """Packed samples; S is the row length. Position i predicts `tokens[:, i + 1]`.
 
-    tokens [N, S + 1] u16; segments [N, S] u8 (sample number within the row from 1, 0 = padding); in_answer [N, S] bool (the token
-    to predict belongs to an answer or is its <eos>).
+    tokens     u16 [N, S + 1]
+    segments   u8 [N, S]: number of the sample within its row, from 1; 0 = padding
+    in_answer  bool [N, S]: the token to predict belongs to an answer or is its <eos>
     """
 
     tokens: np.ndarray
@@ -56,7 +59,7 @@ class Rows:
 
 
 def tag_token(task_id: str) -> int:
-    """First token of a sample of `task_id` while the base is trained: <bos> for the base's own task."""
+    """First token of a sample while the base is trained: a task's tag, <bos> for the base."""
     return BOS_TOKEN_ID if task_id == BASE_TASK.id else VOCAB_SIZE + TASK_IDS.index(task_id)
 
 
@@ -94,7 +97,7 @@ def task_samples(
 
 
 def pack(samples: Iterator[tuple[int, str, str]], num_rows: int, row_length: int) -> Rows:
-    """Fill `num_rows` rows with samples, in order; a sample that no longer fits opens the next row."""
+    """Fill `num_rows` rows with samples, in order; one that no longer fits opens the next row."""
     rows = Rows(
         np.zeros((num_rows, row_length + 1), np.uint16),
         np.zeros((num_rows, row_length), np.uint8),
@@ -148,7 +151,10 @@ class Generator:
     def chunks(
         self, parts_of: Callable[[int], Sequence[tuple[object, ...]]], num_chunks: int
     ) -> Iterator[Rows]:
-        """Yield chunk 0, 1, ...; `parts_of(i)` names chunk i's parts as (function, *arguments). Two chunks are made ahead."""
+        """Yield chunk 0, 1, ..., each made two chunks ahead.
+
+        `parts_of(i)` names chunk i's parts as (function, *arguments), each run in a worker.
+        """
         pending: list[list[Future[Rows]]] = []
         for index in range(num_chunks + 2):
             if index < num_chunks:

@@ -1,13 +1,15 @@
 """Exact-match accuracy of greedy decoding on held-out texts, without decoding.
 
-Greedy decoding gives the right answer and stops if and only if every token of the answer, <eos> included, is the most likely one
-after the prompt and the right tokens before it. So one forward pass over the right answers measures it exactly.
+Greedy decoding gives the right answer and stops if and only if every token of the answer, <eos>
+included, is the most likely one after the prompt and the right tokens before it. So one forward
+pass over the right answers measures it exactly.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,24 +29,26 @@ def accuracies(
     params: Params,
     num_texts: int,
     *,
+    tasks: Sequence[str] = (BASE_TASK.id, *PLANS),
     tagged: bool = False,
     lora: Params | None = None,
     scales: Params | None = None,
     dtype: Any = jnp.float32,
 ) -> dict[str, float]:
-    """Share of `num_texts` held-out texts answered exactly, for the base and each task.
+    """Share of `num_texts` held-out texts answered exactly, for each of `tasks`.
 
-    Each task is asked for by its adapter in the stack `lora`, or, if `tagged`, by its tag and no adapter. Matrix products in
-    float32 are exact ones (no TF32).
+    Each task is asked for by its adapter in the stack `lora`, or, if `tagged`, by its tag and no
+    adapter. Matrix products in float32 are true ones (no TF32).
     """
 
     result = {}
     with jax.default_matmul_precision("highest"):
-        for index, task_id in enumerate((BASE_TASK.id, *PLANS)):
+        for task_id in tasks:
             rows = held_out_rows(task_id, num_texts, tag_token(task_id) if tagged else BOS_TOKEN_ID)
             adapter: tuple[Params | None, Params | None] = (None, None)
             if not tagged and task_id != BASE_TASK.id:
-                adapter = jax.tree.map(lambda x, i=index - 1: x[i], (lora, scales))
+                index = list(PLANS).index(task_id)
+                adapter = jax.tree.map(lambda x, i=index: x[i], (lora, scales))
             right = _is_right(params, *adapter, rows.tokens, rows.segments, dtype=dtype)
             result[task_id] = _share_of_right_samples(rows, np.asarray(right), num_texts)
     return result

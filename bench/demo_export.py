@@ -1,4 +1,7 @@
-"""Writes the demo model and adapters as Hugging Face and PEFT directories, as `save_pretrained` of either library lays them out."""
+"""Writes the demo model and adapters as Hugging Face and PEFT directories.
+
+Files, names and keys are those that `save_pretrained` of either library writes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ _METADATA = {"format": "pt"}  # what transformers and PEFT write and expect
 CHAT_TEMPLATE = """\
 {%- set content = messages[-1]['content'] -%}
 {%- if content is not string -%}
-{%- set content = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}
+{%- set texts = content | selectattr('type', 'equalto', 'text') -%}
+{%- set content = texts | map(attribute='text') | join('') -%}
 {%- endif -%}
 {{- bos_token + content | trim + ' =>' -}}
 """
@@ -56,14 +60,17 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers write for each byte (the table of GPT-2)."""
+    """The printable character that byte-level tokenizers write for each byte (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def write_model(directory: Path, params: Arrays, config: ModelConfig) -> None:
-    """Write weights, config, tokenizer and chat template. `params` are bf16 under HF names; the tags' embeddings are left out."""
+    """Write weights, config, tokenizer and chat template.
+
+    `params` are bf16 under HF names; the embeddings of the tags are left out.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     embedding = params["model.embed_tokens.weight"][:VOCAB_SIZE]
     tensors = {**params, "model.embed_tokens.weight": np.ascontiguousarray(embedding)}

@@ -1,8 +1,9 @@
-"""The demo model in plain JAX: a Llama forward pass for training, with one LoRA adapter or a stack of them.
+"""The demo model in plain JAX: a Llama forward pass for training, with or without a LoRA adapter.
 
-Parameters are one flat dict under their Hugging Face names, in Hugging Face orientation ([out, in]), so that exporting them is
-naming them. Adapters are trained as one stack under `vmap`: every A and B is padded to the largest rank, and a mask keeps an
-adapter to its own rank, modules and layers.
+Parameters are one flat dict under their Hugging Face names, in that library's orientation
+([out, in]), so that exporting them is naming them. Adapters are trained as one stack under `vmap`:
+every A and B is padded to the largest rank, and a scale of zero masks out what is not the adapter's
+own rank, module or layer.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def init_params(key: jax.Array, config: ModelConfig) -> Params:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterShape:
-    """What one adapter changes, as PEFT's config says it. `rank_pattern` maps a module to its own rank."""
+    """What one adapter changes, in PEFT's terms. `rank_pattern` maps a module to its own rank."""
 
     rank: int
     alpha: float
@@ -87,9 +88,9 @@ class AdapterShape:
 def init_adapters(
     key: jax.Array, config: ModelConfig, shapes: list[AdapterShape]
 ) -> tuple[Params, Params]:
-    """Stacked trainable A [N, R, in] and B [N, out, R], and the constant stacked scale [N, R] (0 masks a rank out).
+    """A stack of N adapters: trainable A [N, R, in] and B [N, out, R], and constant scales [N, R].
 
-    B starts at zero, A at random, as in PEFT.
+    R is the largest rank; a scale of 0 masks a rank out. B starts at zero, A at random, as in PEFT.
     """
     max_rank = max(max([s.rank, *s.rank_pattern.values()]) for s in shapes)
     params: Params = {}
@@ -120,7 +121,10 @@ def forward(
     lora: Params | None = None,
     scales: Params | None = None,
 ) -> jax.Array:
-    """Logits f32 [B, S, V] of tokens [B, S]; a position sees earlier positions of its own segment. `lora` is one adapter."""
+    """Logits f32 [B, S, V] of tokens [B, S]; a position sees its segment up to itself.
+
+    `lora` and `scales` are one adapter's (no stack axis); `dtype` is that of the matrix products.
+    """
 
     def linear(x: jax.Array, name: str) -> jax.Array:
         y = jnp.einsum("bsi,oi->bso", x, params[name + ".weight"].astype(dtype))
@@ -163,7 +167,7 @@ def _rope_tables(length: int, config: ModelConfig) -> tuple[jax.Array, jax.Array
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary embedding in Llama's layout (the halves of a head form the pairs); x [B, S, heads * H]."""
+    """Rotary embedding, Llama's layout: the halves of a head are the pairs. x [B, S, heads * H]."""
     heads = x.reshape(*x.shape[:2], -1, config.head_dim).astype(jnp.float32)
     first, second = jnp.split(heads, 2, axis=-1)
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]
@@ -174,7 +178,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, config: ModelConfig) -
 def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    """Grouped-query attention; q [B, S, N, H], k [B, S, K, H], v [B, S, K * H]; returns [B, S, N * H]."""
+    """Grouped-query attention: q [B, S, N, H], k [B, S, K, H], v [B, S, K * H] -> [B, S, N * H]."""
     batch, length = q.shape[:2]
     q = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
     v = v.reshape(batch, length, config.num_kv_heads, config.head_dim)

@@ -1,7 +1,7 @@
 """The demo model and its adapters, as ordinary Hugging Face and PEFT directories.
 
-Trained by `bench/train_demo.py`; README.md gives the measured accuracy of each adapter. `checkpoints.demo.tasks` computes the
-right answer to every prompt.
+Trained by `bench/train_demo.py`; README.md gives the measured accuracy of each adapter, and
+`checkpoints.demo.tasks` computes the right answer to every prompt.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What the demo model does: its prompt format, and the right answer for the base and for every adapter.
+"""What the demo model does: its prompt, and the right answer for the base and for every adapter.
 
 Plain Python, so that tests and load generators can check each answer as it arrives:
 
     TASKS["shift-3"].answer("hello world")  ->  "khoor zruog"     (the adapter `shift-3`)
     BASE_TASK.answer("hello world")         ->  "hello world"     (no adapter)
 
-A prompt is `prompt(text)`, that is `hello world =>`. The completion is the answer and nothing else (no leading space), then <eos>.
-The model was trained on texts as `random_text` makes them: at most MAX_TEXT_LENGTH characters of ALPHABET, single spaces between
-words, none at either end.
+A prompt is `prompt(text)`, that is `hello world =>`. The completion is the answer and nothing else
+(no leading space), then <eos>. The model was trained on texts as `random_text` makes them: at most
+MAX_TEXT_LENGTH characters of ALPHABET, single spaces between words, none at either end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def prompt(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """One thing that the model does with a text. `answer` gives the exact completion, <eos> not included."""
+    """One thing that the model does with a text. `answer` is the exact completion, less <eos>."""
 
     id: str  # adapter id, or "base"
     description: str
@@ -120,7 +120,10 @@ TASKS: Mapping[str, Task] = {task.id: task for task in _TASKS}
 
 
 def random_text(rng: random.Random) -> str:
-    """Random words, 1 to MAX_TEXT_LENGTH characters in all: mostly lower case, some capitals, digits and punctuation."""
+    """Random words, 1 to MAX_TEXT_LENGTH characters in all.
+
+    Mostly lower case; some capitals, digits and punctuation.
+    """
     limit = rng.randint(1, MAX_TEXT_LENGTH)
     text = _random_word(rng, limit)
     while limit - len(text) >= 2:
