@@ -22,7 +22,9 @@ def stream(client: TestClient, path: str, **body: Any) -> bytes:
 
 
 def events(raw: bytes) -> list[Any]:
-    """Parsed as strictly as the strictest client does: LF only, one data line an event, [DONE] last."""
+    """Parsed as strictly as the strictest client does: LF only, one data line an event, [DONE]
+    last.
+    """
     assert b"\r" not in raw
     assert raw.endswith(b"data: [DONE]\n\n")
     blocks = raw.removesuffix(b"\n\n").split(b"\n\n")
