@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from sloraj.errors import CapacityError
+from sloraj.errors import CapacityError, EngineUnavailable
 from sloraj.frontend_api import FrontendApi, RequestOutput
 from sloraj.request import SamplingParams
 
@@ -163,7 +164,8 @@ class Generation:
 
     def _abort(self) -> None:
         for engine_id in self._engine_ids:
-            self._bridge.engine.abort(engine_id)
+            with contextlib.suppress(EngineUnavailable):  # a dead engine runs nothing
+                self._bridge.engine.abort(engine_id)
 
 
 class Bridge:

@@ -156,6 +156,7 @@ def test_unknown_fields_are_ignored_and_lora_path_must_agree(client: TestClient)
     assert error["param"] == "lora_path"
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("suffix", "x"), ("tools", [{"type": "function"}]), ("tool_choice", "required"),

@@ -71,6 +71,7 @@ def test_an_engine_that_starts_after_the_server_stopped_is_stopped_too(engine: F
     wait_until(lambda: engine.health().state == "dead")
 
 
+@pytest.mark.row(42)
 def test_a_dead_engine_fails_its_requests_and_the_server_says_so(
     live: LiveServer, engine: FakeEngine
 ) -> None:
@@ -110,6 +111,7 @@ class TestHeartbeat:
     def config(self) -> ServerConfig:
         return ServerConfig(heartbeat_timeout_s=0.2)
 
+    @pytest.mark.row(43)
     def test_silence_counts_only_while_there_is_work(
         self, live: LiveServer, engine: FakeEngine
     ) -> None:

@@ -177,6 +177,7 @@ def test_pipelined_requests_are_answered_in_order(live: LiveServer) -> None:
     assert received.index(b"200 OK") < received.index(b"404 Not Found")
 
 
+@pytest.mark.row(44)
 def test_the_event_loop_is_free_while_a_big_body_is_read(live: LiveServer) -> None:
     """A second connection is answered while a first one trickles its body in."""
     with socket.create_connection(("127.0.0.1", live.port)) as slow:

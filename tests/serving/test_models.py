@@ -46,6 +46,7 @@ def test_no_model_means_the_base(client: TestClient, engine: FakeEngine) -> None
 
 
 @pytest.mark.row(17)
+@pytest.mark.row(51)
 @pytest.mark.parametrize(
     "name",
     ["", "../../etc", "..", "a/../b", "/etc/passwd", "a\0b", "a\nb", "a,b", "x" * 10_240, "😀",

@@ -17,6 +17,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from serving.config import ServerConfig
+from serving.server import bind
+from sloraj.errors import ConfigError
 from tests.serving.conftest import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +139,21 @@ def test_the_printed_curl_line_works(served: Served) -> None:
     command = served.hint.removeprefix("try: ").replace("curl ", "curl -sS ")
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20)
     assert json.loads(done.stdout)["choices"][0]["text"] == "HelloHelloHelloH"
+
+
+@pytest.mark.parametrize("served", [(0.0, 5.0, -1.0)], indirect=True)
+def test_an_engine_that_does_not_start_ends_the_server_with_the_reason(served: Served) -> None:
+    out, errors = served.process.communicate(timeout=20)
+    assert served.process.returncode == 1
+    assert "did not start: model: got '/x'" in errors
+    assert "Traceback" not in errors
+    assert "ready" not in out
+
+
+def test_a_port_that_is_taken_is_refused_by_name() -> None:
+    config = ServerConfig(port=0)
+    with bind(config) as bound:
+        bound.listen()
+        taken = ServerConfig(port=bound.getsockname()[1])
+        with pytest.raises(ConfigError, match="choose another with --port"):
+            bind(taken)
