@@ -36,6 +36,7 @@ from serving.errors import (
     error_response,
     shown,
 )
+from serving.faults import Faults
 from serving.host import EngineFactory, EngineHost
 from serving.limits import Limits, RequestId
 from serving.metrics import Metrics
@@ -148,6 +149,7 @@ def create_app(
         middleware=[
             Middleware(_Measure, metrics=server.metrics),
             Middleware(RequestId),
+            Middleware(Faults),
             Middleware(Auth, config=config),
             Middleware(Limits, config=config),
         ],
@@ -155,7 +157,6 @@ def create_app(
             SlorajError: _on_known_error,
             ProtocolError: _on_known_error,
             HTTPException: _on_http_exception,
-            Exception: _on_known_error,
         },
         lifespan=lifespan,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from sloraj.errors import CapacityError
+from sloraj.errors import CapacityError, EngineUnavailable
 from sloraj.frontend_api import FrontendApi, RequestOutput
 from sloraj.request import SamplingParams
 
@@ -63,6 +64,7 @@ class Generation:
         self.request_id = request_id
         self.num_prompt_tokens = 0  # of all prompts
         self.num_open_choices = num_prompts * num_choices
+        self.max_queued: int | None = None  # outputs that may wait for a reader; None: no limit
         self.arrival_s = time.monotonic()
         self._bridge = bridge
         self._engine_ids = [f"{request_id}-{index}" for index in range(num_prompts)]
@@ -120,15 +122,15 @@ class Generation:
             return
         if output.error is not None:
             self.fail(output.error, after_queued=True)
-        elif len(self._queue) >= self._bridge.max_buffered:
+        elif self.max_queued is not None and len(self._queue) >= self.max_queued:
             self.fail(TooSlowReader())
         else:
             self._queue.append((index, output))
             self._arrived.set()
 
     def fail(self, failure: Exception, *, after_queued: bool = False) -> None:
-        """End the generation, from the event loop: the engine is let go and `next` raises `failure`, at
-        once or when what had arrived before has been taken.
+        """End the generation, from the event loop: the engine is let go and `next` raises
+        `failure`, at once or when what had arrived before has been taken.
         """
         if self._is_over:
             return
@@ -162,15 +164,15 @@ class Generation:
 
     def _abort(self) -> None:
         for engine_id in self._engine_ids:
-            self._bridge.engine.abort(engine_id)
+            with contextlib.suppress(EngineUnavailable):  # a dead engine runs nothing
+                self._bridge.engine.abort(engine_id)
 
 
 class Bridge:
     """Makes generations, counts those that live, and runs other engine calls off the event loop."""
 
-    def __init__(self, engine: FrontendApi, *, max_buffered: int = 4096) -> None:
+    def __init__(self, engine: FrontendApi) -> None:
         self.engine = engine
-        self.max_buffered = max_buffered
         self._generations: set[Generation] = set()
         self._executor = concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="bridge")
 

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from serving.schemas import is_adapter_name
 from sloraj.errors import ConfigError
 
 ALIASES = {  # what users of other servers type
@@ -41,6 +42,15 @@ def size(text: str) -> int:
 
 def adapter(text: str) -> tuple[str, str]:
     """`name=path`, a path (named after its directory), or JSON `{"name": ..., "path": ...}`."""
+    name, path = _name_and_path(text)
+    if not is_adapter_name(name) or not path:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: an adapter's name is 1 to 256 of A-Z a-z 0-9 . _ / @ + -; give name=path"
+        )
+    return name, path
+
+
+def _name_and_path(text: str) -> tuple[str, str]:
     if text.lstrip().startswith("{"):
         try:
             given = json.loads(text)
@@ -54,8 +64,6 @@ def adapter(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals:
         return text.rstrip("/").rpartition("/")[2], text
-    if not name or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not name=path")
     return name, path
 
 

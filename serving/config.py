@@ -32,7 +32,7 @@ class ServerConfig:
     max_header_bytes: int = 64 * 1024
     max_headers: int = 256
     max_prompts: int = 256  # prompts in one completion request
-    max_buffered_events: int = 4096  # outputs that may wait for a slow reader before it is cut
+    max_buffered_events: int = 1024  # of each choice, that wait for a slow reader before it is cut
     send_timeout_s: float = 30.0  # one write to a slow reader
     sse_keep_alive_s: float = 0.0  # 0: no comments (some clients cannot read them)
     vllm_metrics: bool = True  # also expose the five vllm: names that routers read

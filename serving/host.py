@@ -62,7 +62,7 @@ class EngineHost:
             if self._is_stopped:  # stopped while it was starting
                 engine.stop()
                 return
-            self._bridge = Bridge(engine, max_buffered=self._config.max_buffered_events)
+            self._bridge = Bridge(engine)
         self.on_ready(engine)
 
     def stop(self) -> None:

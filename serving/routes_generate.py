@@ -115,6 +115,9 @@ class _Answer:
             self._server.metrics.first_token(generation.arrival_s)
             self._reply.adapter_version = first[1].adapter_version
             if self._parsed.stream.is_stream:
+                generation.max_queued = (
+                    self._server.config.max_buffered_events * generation.num_open_choices
+                )
                 return EventStream(
                     self._events(generation, first),
                     headers=self._headers(),

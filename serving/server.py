@@ -63,8 +63,8 @@ class Server(uvicorn.Server):
         self._drain_deadline_s: float | None = None
         host.on_failed = self._on_failed
 
-    def _on_failed(self, exc: BaseException) -> None:
-        print(f"error: the engine did not start: {exc}", file=sys.stderr, flush=True)
+    def _on_failed(self, _: BaseException) -> None:
+        """The host has logged why."""
         self.exit_code = 1
         self.should_exit = True
 
@@ -101,6 +101,7 @@ def serve(
     _warn_if_open(config)
     bound = bind(config)
     port = bound.getsockname()[1]
+    log.info("listening on port %d; GET /ready answers 200 once the engine has started", port)
     host.on_ready = lambda ready: _announce(ready, config.host, port, has_key=bool(config.api_key))
     server = Server(
         uvicorn.Config(
@@ -141,6 +142,11 @@ def _announce(engine: FrontendApi, address: str, port: int, *, has_key: bool) ->
         f"""-d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'""",
         flush=True,
     )
+    if info.generation_defaults:
+        defaults = ", ".join(f"{name} {value}" for name, value in info.generation_defaults.items())
+        print(
+            f"sampling defaults of this model, where a request gives none: {defaults}", flush=True
+        )
 
 
 def _warn_if_open(config: ServerConfig) -> None:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.bridge import ClientGone, TooSlowReader
+from serving.errors import error_body
 
 log = logging.getLogger("serving")
 
@@ -71,5 +72,9 @@ class EventStream(Response):
             log.warning("a client did not read its stream; closed it")
         except ClientGone:
             pass  # nobody is left to be told
+        except Exception as exc:  # the status is out: all that is left is to say so and to end well
+            log.exception("a stream failed")
+            body = event(error_body(exc)) + DONE
+            await send({"type": "http.response.body", "body": body, "more_body": False})
         finally:
             self._on_close()

@@ -103,6 +103,7 @@ class FakeEngine:
         self.first_token_delay_s = 0.0
         self.max_waiting = 10**9  # above this many requests: QueueFull
         self.fail_after: int | None = None  # tokens after which every request gets an InternalError
+        self.retry_after_s = 2.5  # what QueueFull says
         self.load_delay_s = 0.0
         self.is_frozen = False  # no output, no heartbeat
         self.submitted: list[tuple[str, list[int], SamplingParams, str | None]] = []
@@ -170,7 +171,7 @@ class FakeEngine:
                     running, AdapterNotFound(f"no adapter {adapter_id!r}", param="model")
                 )
             elif len(self._running) >= self.max_waiting:
-                full = QueueFull("too many waiting requests", retry_after_s=2.5)
+                full = QueueFull("too many waiting requests", retry_after_s=self.retry_after_s)
                 self._emit_error(running, full)
             else:
                 self._start(running)

@@ -1,4 +1,6 @@
-"""Loading and unloading over HTTP: what may be named, from where, and what a refusal leaves behind."""
+"""Loading and unloading over HTTP: what may be named, from where, and what a refusal leaves
+behind.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,8 @@ def test_nothing_outside_the_roots_can_be_loaded(
     (half / "adapter_model.safetensors").unlink()
     (half / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     for path in (outside, adapters_dir / "link", adapters_dir / "loop", half, "../outside", "/", "",
-                 f"{adapters_dir}/../outside", "/etc/no-such-thing", "a\0b", "x" * 5000):  # fmt: skip
+                 f"{adapters_dir}/../outside", "/etc/no-such-thing", "a\0b",
+                 "x" * 5000):  # fmt: skip
         response = load(client, "x", path)
         assert response.status_code == 400, (path, response.text)
         assert len(response.content) < 1000

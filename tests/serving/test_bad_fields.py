@@ -1,4 +1,6 @@
-"""Well-formed JSON with wrong values: 400, the field named, the value shown short, the bounds told."""
+"""Well-formed JSON with wrong values: 400, the field named, the value shown short, the bounds
+told.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def refusal(
 @pytest.mark.row(9)
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], [[]], [-1], [VOCAB_SIZE], ["a", 1], [1, "a"], [[1], "a"], [[1], []], [[1, -5]], ["a", ""],
+    ["", [], [[]], [-1], [VOCAB_SIZE], ["a", 1], [1, "a"], [[1], "a"], [[1], []], [[1, -5]],
+     ["a", ""],
      [True], [1.5], None, 5, {"a": 1}, ["a"] * 257],
 )  # fmt: skip
 def test_prompts_that_are_none_are_refused(
@@ -77,7 +80,8 @@ def test_max_tokens_not_given_is_sixteen_or_for_chat_the_context(
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -1), ("temperature", 1e30), ("temperature", "hot"), ("temperature", True),
-     ("temperature", 10**39), ("top_p", 0), ("top_p", 2), ("top_p", -0.1), ("min_p", 1.1), ("top_k", -2),
+     ("temperature", 10**39), ("top_p", 0), ("top_p", 2), ("top_p", -0.1), ("min_p", 1.1),
+     ("top_k", -2),
      ("top_k", 1.5), ("top_k", False), ("presence_penalty", 99), ("frequency_penalty", -99),
      ("repetition_penalty", 0), ("repetition_penalty", 99), ("min_tokens", -1), ("min_tokens", 99),
      ("seed", 2**63), ("seed", 1.0), ("seed", "1"), ("ignore_eos", 1), ("echo", "yes"),
@@ -121,7 +125,8 @@ def test_logprobs_must_be_a_small_integer(client: TestClient, logprobs: Any) -> 
 @pytest.mark.row(14)
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+    [({"top_logprobs": 2}, "top_logprobs"),
+     ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
      ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"), ({"logprobs": 5}, "logprobs"),
      ({"logprobs": True, "top_logprobs": 21}, "top_logprobs")],
 )  # fmt: skip
@@ -151,10 +156,12 @@ def test_unknown_fields_are_ignored_and_lora_path_must_agree(client: TestClient)
     assert error["param"] == "lora_path"
 
 
+@pytest.mark.row(16)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("suffix", "x"), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
-     ("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"json": {}}),
+     ("response_format", {"type": "json_object"}), ("guided_json", {}),
+     ("structured_outputs", {"json": {}}),
      ("prompt_logprobs", 1), ("chat_template", "{{ x }}"), ("truncate_prompt_tokens", 5)],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_not_dropped(

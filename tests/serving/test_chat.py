@@ -162,7 +162,8 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     config.write_text('{"chat_template": "one"}')
     assert find_template(str(tmp_path)) == "one"
     config.write_text(
-        '{"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}'
+        '{"chat_template": [{"name": "rag", "template": "r"}, '
+        '{"name": "default", "template": "d"}]}'
     )
     assert find_template(str(tmp_path)) == "d"
     (tmp_path / "chat_template.jinja").write_text("file")

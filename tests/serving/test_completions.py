@@ -1,4 +1,6 @@
-"""Bodies of /v1/completions: what comes back for what was asked, against answers worked out by hand."""
+"""Bodies of /v1/completions: what comes back for what was asked, against answers worked out by
+hand.
+"""
 
 from __future__ import annotations
 

@@ -46,10 +46,12 @@ def test_no_model_means_the_base(client: TestClient, engine: FakeEngine) -> None
 
 
 @pytest.mark.row(17)
+@pytest.mark.row(51)
 @pytest.mark.parametrize(
     "name",
     ["", "../../etc", "..", "a/../b", "/etc/passwd", "a\0b", "a\nb", "a,b", "x" * 10_240, "😀",
-     "team%2Fshift-2", "a b", "a:b", ":shift-1", "fake-base:", "fake-base:../x", "shift-1 ", "SHIFT-1"],
+     "team%2Fshift-2", "a b", "a:b", ":shift-1", "fake-base:", "fake-base:../x", "shift-1 ",
+     "SHIFT-1"],
 )  # fmt: skip
 def test_names_that_are_none_are_refused_without_touching_a_file(
     client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, name: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from serving.replies import Choice, CompletionReply
 from serving.sse import event
 from tests.serving.fake_engine import FakeEngine
 
@@ -22,7 +24,9 @@ def stream(client: TestClient, path: str, **body: Any) -> bytes:
 
 
 def events(raw: bytes) -> list[Any]:
-    """Parsed as strictly as the strictest client does: LF only, one data line an event, [DONE] last."""
+    """Parsed as strictly as the strictest client does: LF only, one data line an event, [DONE]
+    last.
+    """
     assert b"\r" not in raw
     assert raw.endswith(b"data: [DONE]\n\n")
     blocks = raw.removesuffix(b"\n\n").split(b"\n\n")
@@ -108,6 +112,7 @@ def test_an_error_before_the_first_token_keeps_its_status(
     assert unknown.status_code == 404
 
 
+@pytest.mark.row(41)
 def test_an_error_after_the_first_token_is_the_last_event(
     client: TestClient, engine: FakeEngine
 ) -> None:
@@ -127,9 +132,6 @@ def test_an_error_after_the_first_token_is_the_last_event(
 def test_a_dying_engine_ends_streams_with_an_error(client: TestClient, engine: FakeEngine) -> None:
     engine.token_delay_s = 0.05
     request = client.stream("POST", "/v1/completions", json={"prompt": "ab", "stream": True})
-    engine.fail_after = None
-    import threading
-
     threading.Timer(0.12, engine.die, ["killed"]).start()
     with request as response:
         bodies = events(response.read())
@@ -140,3 +142,37 @@ def test_events_hold_no_line_break_and_no_nan() -> None:
     assert event({"text": "a\nb\u2028c"}) == 'data: {"text":"a\\nb\u2028c"}\n\n'.encode()
     with pytest.raises(ValueError, match="not JSON compliant"):
         event({"logprob": float("nan")})
+
+
+def test_a_fault_of_ours_in_mid_stream_is_told_without_its_text(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = CompletionReply._deltas
+
+    def fail_at_the_second(self: CompletionReply, index: int, choice: Choice, output: Any) -> Any:
+        if choice.has_started:
+            raise ZeroDivisionError("secret")
+        return told(self, index, choice, output)
+
+    monkeypatch.setattr(CompletionReply, "_deltas", fail_at_the_second)
+    engine.token_delay_s = 0.01
+    bodies = events(stream(client, "/v1/completions", prompt="abc", max_tokens=5))
+    assert len(bodies) == 2
+    assert bodies[1]["error"]["code"] == "internal_error"
+    assert "secret" not in bodies[1]["error"]["message"]
+    assert engine.num_running == 0
+
+
+def test_a_fault_of_ours_before_it_is_a_500_without_its_text(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(engine, "submit", fail)
+    response = client.post("/v1/completions", json={"prompt": "abc"})
+    assert response.status_code == 500
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-request-id"]
+    assert response.json()["error"]["code"] == "internal_error" and "secret" not in response.text
+    assert client.get("/health").json()["running_requests"] == 0
