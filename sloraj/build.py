@@ -48,6 +48,7 @@ from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.runner import RunnerConfig
 
 Progress = Callable[[str, int, int], None]
+MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
 DEFAULT_MAX_RANK, MAX_RANK = 64, 256
@@ -56,11 +57,11 @@ GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA gra
 
 
 def build_core(
-    config: EngineConfig, on_progress: Progress, *, load_adapter: LoadFunction | None = None
+    config: EngineConfig, on_progress: Progress, *, make_loader: MakeLoader | None = None
 ) -> tuple[EngineCore, dict[str, Any]]:
     """Load the model, compile every program, load the adapters named in the configuration.
 
-    Returns the core and what ModelInfo is made of. `load_adapter` replaces the reader of adapter
+    Returns the core and what ModelInfo is made of. `make_loader` replaces the reader of adapter
     directories (benchmarks make theirs up).
 
     Raises: ConfigError: settings that cannot work together. CheckpointError: unusable model files.
@@ -79,7 +80,7 @@ def build_core(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, dtype, ends, layers, on_progress,
     )  # fmt: skip
-    load = load_adapter or adapter_loader(model_config, layout, scheduler_config.max_rank)
+    load = (make_loader or adapter_loader)(model_config, layout, scheduler_config.max_rank)
     core = EngineCore(scheduler_config, runner, load)
     core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
