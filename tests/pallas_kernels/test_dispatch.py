@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import tuning_table
 from pallas_kernels.dispatch import resolve_implementation
-from pallas_kernels.lora_shrink import Config
+from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import MODELS, POPULARITIES, row_slots
 
 

@@ -20,6 +20,13 @@ from pallas_kernels.tiles import LoraTiles, QueryTiles
 
 # JAX 0.11 says at lowering that Pallas-Triton will go one day
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+TRITON = "__gpu$xla.gpu.triton"
+ODD_HEADS = {  # head sizes that are no powers of two, and groups of three
+    f"head-{head_dim}": ModelShape(
+        hidden_size=960, num_heads=12, num_kv_heads=4, head_dim=head_dim, intermediate_size=1000
+    )
+    for head_dim in (80, 96)
+}
 NUM_PAGES = 40_000  # at 7B more than 2 ** 32 elements: no index may be flat
 
 
@@ -77,18 +84,26 @@ def test_lora_kernels_lower(
     def expand(*args: Any) -> Any:
         return lora_expand(*args, modules=modules, out_sizes=out_sizes, implementation="triton")
 
-    assert "triton" in lowered(shrink, bf16(num_tokens, in_size), *arrays)
+    assert TRITON in lowered(shrink, bf16(num_tokens, in_size), *arrays)
     base, v = bf16(num_tokens, sum(out_sizes)), (num_tokens, len(modules), max_rank)
     program = lowered(expand, base, array(*v, dtype=jnp.float32), *arrays, array(), donate=(0,))
     assert "output_operand_alias" in program
 
 
-@pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
+@pytest.mark.parametrize(
+    "model", [*MODELS.values(), *ODD_HEADS.values()], ids=[*MODELS, *ODD_HEADS]
+)
 def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     pool = bf16(NUM_PAGES, model.page_elems)
-    tiles = QueryTiles(**{name: array(40) for name in ("row", "q_start", "q_len", "position")},
-                       num_tiles=array(1), block_q=32)  # fmt: skip
+    tiles = QueryTiles(
+        row=array(40),
+        q_start=array(40),
+        q_len=array(40),
+        position=array(40),
+        num_tiles=array(1),
+        block_q=32,
+    )
     keywords: dict[str, Any] = {
         "num_kv_heads": kv_heads,
         "page_size": model.page_size,
@@ -106,7 +121,7 @@ def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
         return kv_write(*args, page_size=model.page_size, implementation="triton")
 
     table, q, kv = array(256, 512), bf16(64, heads, head_dim), bf16(64, kv_heads, head_dim)
-    assert "triton" in lowered(decode, q, pool, table, array(64), array(64), array())
-    assert "triton" in lowered(prefill, q, pool, table, tiles, array())
+    assert TRITON in lowered(decode, q, pool, table, array(64), array(64), array())
+    assert TRITON in lowered(prefill, q, pool, table, tiles, array())
     program = lowered(write, pool, kv, kv, array(64), array(64), donate=(0,))
     assert "output_operand_alias" in program

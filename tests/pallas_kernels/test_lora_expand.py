@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lora_expand import Config, lora_expand
+from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_expand_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
 from tests.pallas_kernels.lora_case import LoraCase, make_case
 from tests.pallas_kernels.tolerances import assert_close
