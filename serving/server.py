@@ -17,7 +17,7 @@ import uvicorn
 from serving.app import create_app
 from serving.config import ServerConfig
 from serving.host import EngineFactory, EngineHost
-from sloraj.errors import ConfigError, EngineUnavailable
+from sloraj.errors import ConfigError, EngineUnavailable, SlorajError
 from sloraj.frontend_api import FrontendApi
 
 log = logging.getLogger("serving")
@@ -129,7 +129,11 @@ def serve(
 def _announce(engine: FrontendApi, address: str, port: int, *, has_key: bool) -> None:
     """One line that says what is served, and one to paste."""
     info = engine.info
-    adapters = engine.list_adapters().result()
+    try:
+        adapters = engine.list_adapters().result()
+    except SlorajError as exc:
+        log.error("the engine started and then failed: %s", exc)
+        return
     shown = f"[{address}]" if ":" in address else address
     url = f"http://{shown}:{port}"
     model = adapters[0].adapter_id if adapters else info.model_id
