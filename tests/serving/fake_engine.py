@@ -249,11 +249,13 @@ class FakeEngine:
                 self._emit_error(running, EngineUnavailable(f"the engine died: {reason}"))
             self._wake.notify_all()
 
-    def add_adapter(self, adapter_id: str, path: str = "/adapters/x") -> AdapterInfo:
+    def add_adapter(
+        self, adapter_id: str, path: str = "/adapters/x", *, state: str = "on_device"
+    ) -> AdapterInfo:
         with self._lock:
             info = AdapterInfo(
                 adapter_id=adapter_id, path=path, version=f"v{next(self._versions):04d}", rank=8,
-                num_pages=2, num_bytes=4096, state="on_device", pinned=False, num_leases=0,
+                num_pages=2, num_bytes=4096, state=state, pinned=False, num_leases=0,
                 loaded_at=1.7e9,
             )  # fmt: skip
             self._adapters[adapter_id] = info
