@@ -16,6 +16,7 @@ import uvicorn
 
 from serving.app import create_app
 from serving.config import ServerConfig
+from serving.connections import Connection
 from serving.host import EngineFactory, EngineHost
 from sloraj.errors import ConfigError, EngineUnavailable, SlorajError
 from sloraj.frontend_api import FrontendApi
@@ -23,6 +24,7 @@ from sloraj.frontend_api import FrontendApi
 log = logging.getLogger("serving")
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 65  # an idle connection; longer than load balancers keep theirs
 GRACE_S = 5.0  # for connections to close once their last answer is sent
 
 
@@ -106,7 +108,8 @@ def serve(
     server = Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
             backlog=BACKLOG,
             log_level=config.log_level,
