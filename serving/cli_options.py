@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from serving.schemas import is_adapter_name
+from serving.adapter_schemas import is_adapter_name
 from sloraj.errors import ConfigError
 
 ALIASES = {  # what users of other servers type

@@ -146,7 +146,8 @@ class Metrics:
             self._requests.labels(self._adapter_label(adapter_id)).inc()
         self._prompt.inc(usage.prompt_tokens)
         self._output.inc(usage.completion_tokens)
-        self._e2e_s.observe(seconds)
+        if "abort" not in reasons:
+            self._e2e_s.observe(seconds)
 
     def _adapter_label(self, adapter_id: str | None) -> str:
         if adapter_id is None:

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import itertools
 
+from serving.adapter_schemas import is_adapter_name
 from serving.bridge import Bridge
 from serving.errors import shown
-from serving.schemas import is_adapter_name
 from sloraj.errors import AdapterNotFound, SlorajError
 from sloraj.frontend_api import AdapterInfo, ModelInfo
 

@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving import models
+from serving.adapter_schemas import parse_load, parse_unload
 from serving.bridge import Bridge
 from serving.errors import describe, error_headers, shown
-from serving.schemas import parse_load, parse_unload
 from serving.state import read_object, server_state
 from sloraj.errors import AdapterNotFound, SlorajError
 from sloraj.frontend_api import AdapterInfo

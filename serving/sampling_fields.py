@@ -12,6 +12,9 @@ MAX_TOKENS = (
     2**31 - 1
 )  # what a larger max_tokens counts as; the engine clamps to the context anyway
 
+# What a model's own generation defaults may set; other entries of them are not about sampling.
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 # Fields whose meaning we do not serve: refused, because ignoring them would change the answer.
 UNSUPPORTED = {
     "suffix": "null: text after the completion is not taken into account",

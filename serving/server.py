@@ -16,13 +16,15 @@ import uvicorn
 
 from serving.app import create_app
 from serving.config import ServerConfig
+from serving.connections import Connection
 from serving.host import EngineFactory, EngineHost
-from sloraj.errors import ConfigError, EngineUnavailable
+from sloraj.errors import ConfigError, EngineUnavailable, SlorajError
 from sloraj.frontend_api import FrontendApi
 
 log = logging.getLogger("serving")
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 65  # an idle connection; longer than load balancers keep theirs
 GRACE_S = 5.0  # for connections to close once their last answer is sent
 
 
@@ -106,7 +108,8 @@ def serve(
     server = Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
             backlog=BACKLOG,
             log_level=config.log_level,
@@ -129,7 +132,11 @@ def serve(
 def _announce(engine: FrontendApi, address: str, port: int, *, has_key: bool) -> None:
     """One line that says what is served, and one to paste."""
     info = engine.info
-    adapters = engine.list_adapters().result()
+    try:
+        adapters = engine.list_adapters().result()
+    except SlorajError as exc:
+        log.error("the engine started and then failed: %s", exc)
+        return
     shown = f"[{address}]" if ":" in address else address
     url = f"http://{shown}:{port}"
     model = adapters[0].adapter_id if adapters else info.model_id

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from serving.app import create_app
 from serving.config import ServerConfig
+from serving.connections import Connection
 from tests.serving.fake_engine import FakeEngine
 
 TEMPLATE = (
@@ -94,7 +95,9 @@ def client(engine: FakeEngine, config: ServerConfig, adapters_dir: Path) -> Iter
 def live(engine: FakeEngine, config: ServerConfig, adapters_dir: Path) -> Iterator[LiveServer]:
     app = create_app(engine, config, default_roots=[str(adapters_dir)])
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", http="h11", ws="none")
+        uvicorn.Config(
+            app, host="127.0.0.1", port=0, log_level="warning", http=Connection, ws="none"
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -45,6 +45,12 @@ from sloraj.request import SamplingParams
 SPECIAL = {"<s>": 256, "</s>": 257, "<user>": 258}
 VOCAB_SIZE = 259
 MAX_MODEL_LEN = 256
+MODEL_INFO = ModelInfo(
+    model_id="fake-base", model_path="/models/fake", max_model_len=MAX_MODEL_LEN,
+    vocab_size=VOCAB_SIZE, eos_token_ids=(257,), bos_token_id=256, max_rank=64,
+    dtype="float32", kernels="xla", device="none", num_pages=101, page_size=16,
+    num_programs=1, startup_s=0.1,
+)  # fmt: skip
 _SPECIAL_TEXT = {token: text for text, token in SPECIAL.items()}
 
 
@@ -129,12 +135,7 @@ class FakeEngine:
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(
-            model_id="fake-base", model_path=self._model_path, max_model_len=MAX_MODEL_LEN,
-            vocab_size=VOCAB_SIZE, eos_token_ids=(257,), bos_token_id=256, max_rank=64,
-            dtype="float32", kernels="xla", device="none", num_pages=101, page_size=16,
-            num_programs=1, startup_s=0.1,
-        )  # fmt: skip
+        return dataclasses.replace(MODEL_INFO, model_path=self._model_path)
 
     tokenizer = ByteTokenizer()
 
@@ -249,11 +250,13 @@ class FakeEngine:
                 self._emit_error(running, EngineUnavailable(f"the engine died: {reason}"))
             self._wake.notify_all()
 
-    def add_adapter(self, adapter_id: str, path: str = "/adapters/x") -> AdapterInfo:
+    def add_adapter(
+        self, adapter_id: str, path: str = "/adapters/x", *, state: str = "on_device"
+    ) -> AdapterInfo:
         with self._lock:
             info = AdapterInfo(
                 adapter_id=adapter_id, path=path, version=f"v{next(self._versions):04d}", rank=8,
-                num_pages=2, num_bytes=4096, state="on_device", pinned=False, num_leases=0,
+                num_pages=2, num_bytes=4096, state=state, pinned=False, num_leases=0,
                 loaded_at=1.7e9,
             )  # fmt: skip
             self._adapters[adapter_id] = info

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving.config import ServerConfig
+from serving.connections import Connection
 from tests.serving.conftest import LiveServer
 from tests.serving.fake_engine import FakeEngine
 
@@ -125,6 +126,42 @@ def test_headers_beyond_bounds_are_refused_with_memory_flat(live: LiveServer) ->
     assert status(talk(live, get + some + b"\r\n")) == 431
     assert resident_bytes() - before < 50_000_000
     assert is_alive(live)
+
+
+@pytest.mark.row(4)
+def test_what_is_no_http_is_refused_in_our_shape(live: LiveServer) -> None:
+    for nonsense in (
+        b"\x16\x03\x01\r\n\r\n",
+        b"GET /a b HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ):
+        received = talk(live, nonsense)
+        assert status(received) == 400
+        error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "bad_request"
+    assert is_alive(live)
+
+
+@pytest.mark.row(4)
+def test_headers_that_never_end_close_the_connection(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "header_timeout_s", 0.3)
+    whole = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    for before in (b"", whole):  # at once, and on a connection that was kept alive
+        with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
+            if before:
+                peer.sendall(before)
+                assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+            start_s = time.monotonic()
+            peer.sendall(b"GET /version HTTP/1.1\r\nX-Slow: ")
+            assert peer.recv(65536) == b""
+            assert 0.2 < time.monotonic() - start_s < 3
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
+        for _ in range(3):  # a prompt client outlives the limit
+            peer.sendall(whole)
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.2)
 
 
 @pytest.mark.row(8)

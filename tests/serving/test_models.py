@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from serving.schemas import is_adapter_name
+from serving.adapter_schemas import is_adapter_name
 from tests.serving.fake_engine import FakeEngine
 
 
@@ -90,3 +91,19 @@ def test_the_name_grammar() -> None:
         assert is_adapter_name(name), name
     for name in ("", "x" * 257, "/a", "a/..", "../a", "a,b", "a:b", "a b", "é", "a\n"):
         assert not is_adapter_name(name), name
+
+
+@pytest.mark.row(40)
+def test_ten_thousand_adapters_are_listed_and_scraped_in_bounds(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    for index in range(10_000):
+        engine.add_adapter(f"tenant/{index:05}", state="on_host")
+    start_s = time.process_time()
+    listed = client.get("/v1/models")
+    scraped = client.get("/metrics")
+    unknown = client.post("/v1/completions", json={"prompt": "a", "model": "tenant/00012x"})
+    assert time.process_time() - start_s < 1.5  # a bound on CPU, loose enough for a busy machine
+    assert len(listed.json()["data"]) == 10_003
+    assert len(scraped.content) < 1_000_000
+    assert "'tenant/00012'" in unknown.json()["error"]["message"]
