@@ -16,9 +16,8 @@ import threading
 import traceback
 
 from sloraj import wire
-from sloraj.errors import ConfigError, SlorajError
 from sloraj.messages import Dead, FromEngine, Progress, Ready, Shutdown
-from sloraj.transport import Core, resolve_factory
+from sloraj.transport import Core, build_error, resolve_factory
 
 EXIT_ORPHANED = 3  # the parent is gone; nobody reads this code
 EXIT_FAILED = 1
@@ -45,18 +44,13 @@ def main(fd: int) -> int:
         core.run(writer.put)
     except Exception as error:
         traceback.print_exc()
-        writer.put([Dead(reason=f"{type(error).__name__}: {error}", error=_wire_form(error))])
+        writer.put(
+            [Dead(reason=f"{type(error).__name__}: {error}", error=build_error(error).to_wire())]
+        )
         writer.close()
         return EXIT_FAILED
     writer.close()
     return 0
-
-
-def _wire_form(error: Exception) -> dict[str, object]:
-    """A typed error crosses as it is; anything else, a bad checkpoint say, tells what it was."""
-    if not isinstance(error, SlorajError):
-        error = ConfigError(f"{type(error).__name__}: {error}")
-    return error.to_wire()
 
 
 class _Writer:

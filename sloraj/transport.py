@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from checkpoints.errors import CheckpointError
 from sloraj.config import EngineConfig
-from sloraj.errors import ConfigError, EngineUnavailable
+from sloraj.errors import ConfigError, EngineUnavailable, InternalError, SlorajError
 from sloraj.messages import Dead, FromEngine, Shutdown, ToEngine
 
 OnMessages = Callable[[list[FromEngine]], None]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 DEFAULT_CORE_FACTORY = "sloraj.build:build_core"
 STOP_TIMEOUT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 class Core(Protocol):
@@ -68,6 +71,15 @@ def resolve_factory(core_factory: str | CoreFactory) -> CoreFactory:
     return found
 
 
+def build_error(error: Exception) -> SlorajError:
+    """What a failed build is to the caller: unusable model files are a wrong setting of theirs."""
+    if isinstance(error, SlorajError):
+        return error
+    if isinstance(error, CheckpointError):
+        return ConfigError(str(error), param=error.field or "model")
+    return InternalError(f"{type(error).__name__}: {error}")
+
+
 class ThreadTransport:
     """The core in a daemon thread of this process. Messages are passed as they are.
 
@@ -86,7 +98,10 @@ class ThreadTransport:
         self._threads: list[threading.Thread] = []
 
     def start(self, on_progress: OnProgress) -> dict[str, Any]:
-        core, info = resolve_factory(self._core_factory)(self._config, on_progress)
+        try:
+            core, info = resolve_factory(self._core_factory)(self._config, on_progress)
+        except CheckpointError as error:
+            raise build_error(error) from error
         self._core = core
         self._spawn("sloraj-core", self._run_core, core)
         return info
@@ -123,11 +138,17 @@ class ThreadTransport:
 
 
 def deliver(receive: Callable[[], list[FromEngine]], on_messages: OnMessages) -> None:
-    """Body of a receiver thread: hand over batches up to and including the first `Dead`."""
-    while True:
-        batch = receive()
-        dead = next((n for n, message in enumerate(batch) if isinstance(message, Dead)), None)
-        if dead is not None:
-            on_messages(batch[: dead + 1])
-            return
-        on_messages(batch)
+    """Body of a receiver thread: hand over batches up to and including the first `Dead`.
+
+    Should handling one fail, which it never should, that is the end too: nobody may wait for ever.
+    """
+    try:
+        is_over = False
+        while not is_over:
+            batch = receive()
+            dead = next((n for n, m in enumerate(batch) if isinstance(m, Dead)), None)
+            is_over = dead is not None
+            on_messages(batch if dead is None else batch[: dead + 1])
+    except Exception as error:
+        _log.exception("the receiver fails")
+        on_messages([Dead(reason=f"the receiver failed: {type(error).__name__}: {error}")])

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from checkpoints.errors import InvalidCheckpoint
 from sloraj.config import EngineConfig
 from sloraj.errors import AdapterNotFound, ConfigError, QueueFull
 from sloraj.frontend_api import AdapterInfo
@@ -57,6 +58,8 @@ def build(config: EngineConfig, on_progress: OnProgress) -> tuple[FakeCore, dict
         case "crash":
             print("about to crash", file=sys.stderr)
             raise FileNotFoundError("model.safetensors")
+        case "damaged":
+            raise InvalidCheckpoint("rope_theta: got -1, allowed: above 0", field="rope_theta")
         case "exit":
             print("last words", file=sys.stderr, flush=True)
             os._exit(7)
@@ -148,6 +151,8 @@ class FakeCore:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "hang":
                 time.sleep(3600)
+            case "nonsense":
+                return None  # type: ignore[return-value]
             case "bad index":
                 return [TokenOutput(request_id=message.request_id, index=99, token_ids=[65])]
         if len(self._running) >= self._max_num_waiting:

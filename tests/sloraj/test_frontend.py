@@ -321,6 +321,16 @@ def test_a_dead_engine_fails_what_is_open_and_refuses_what_is_new(frontend: Fron
         frontend.submit("s", "abc", SamplingParams(), None, Collector())
 
 
+def test_an_engine_that_talks_nonsense_is_dead_and_nobody_waits(
+    frontend: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector = Collector()
+    frontend.submit("r", "abc", SamplingParams(), "nonsense", collector)
+    assert "receiver failed: TypeError" in collector.error().message
+    assert frontend.health().state == "dead"
+    assert "the receiver fails" in caplog.text
+
+
 def test_stop_fails_what_runs_and_ends_every_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     config = EngineConfig(model=write_model(tmp_path))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sloraj.config import EngineConfig
-from sloraj.errors import ConfigError, EngineUnavailable
+from sloraj.errors import ConfigError, EngineUnavailable, InternalError
 from sloraj.messages import Dead, FromEngine, Generate, GetStats, Heartbeat, Reply, TokenOutput
 from sloraj.process_transport import ProcessTransport
 from sloraj.transport import ThreadTransport
@@ -100,9 +100,16 @@ def test_a_typed_error_of_the_build_crosses_typed() -> None:
     assert is_gone(transport.pid)
 
 
+@pytest.mark.parametrize("kind", [ThreadTransport, ProcessTransport])
+def test_unusable_model_files_are_a_wrong_setting(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="rope_theta: got -1") as caught:
+        kind(config("damaged"), core_factory=FACTORY).start(no_progress)
+    assert caught.value.param == "rope_theta"
+
+
 def test_any_other_error_of_the_build_tells_what_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     transport = ProcessTransport(config("crash"), core_factory=FACTORY)
-    with pytest.raises(ConfigError, match=r"FileNotFoundError: model\.safetensors"):
+    with pytest.raises(InternalError, match=r"FileNotFoundError: model\.safetensors"):
         transport.start(no_progress)
     assert "about to crash" in capsys.readouterr().err
 
