@@ -3,8 +3,8 @@
     python -m bench.offline --geometry llama-7b --adapters 200 --ranks 64,32,16,8 --requests 256 \\
         --input 512 --output 128 --max-num-seqs 128 --out bench/results/.../offline.json
 
-Runs the requests twice on one engine: on the base model alone, then spread over the adapters. Prompts are
-random token ids, generation is greedy and ignores eos. The result is one JSON object.
+Runs the requests twice on one engine: on the base model alone, then spread over the adapters.
+Prompts are random token ids, generation is greedy and ignores eos. The result is one JSON object.
 """
 
 from __future__ import annotations

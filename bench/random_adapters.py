@@ -1,7 +1,9 @@
-"""Adapters without files: random weights of given ranks on q, k, v, o, as the paper's dummy adapters.
+"""Adapters without files: random weights of given ranks on q, k, v, o, as the paper's dummy
+adapters.
 
-Weights are uniform in [-1e-3, 1e-3] (S-LoRA's dummy loader). One adapter of each rank is drawn and packed; the
-others are copies of it in memory of their own, so that each is really sent and really read.
+Weights are uniform in [-1e-3, 1e-3] (S-LoRA's dummy loader). One adapter of each rank is drawn and
+packed; the others are copies of it in memory of their own, so that each is really sent and really
+read.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def _draw(rank: int, config: ModelConfig, seed: int) -> _Weights:
 def random_adapter_loader(
     config: ModelConfig, layout: PoolLayout, max_rank: int
 ) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
-    """A `load_adapter` for build_core: the path "random:RANK:NUMBER" is a new adapter of that rank."""
+    """A `load_adapter` for build_core: the path "random:RANK:NUMBER" is a new adapter of that
+    rank.
+    """
     drawn: dict[int, PackedAdapter] = {}
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:

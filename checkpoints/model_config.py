@@ -1,6 +1,7 @@
 """Architecture of a base model, as read from a Hugging Face `config.json`.
 
-Plain values only: no JAX, no file access. `checkpoints.hf_config` fills it; `sloraj.model` builds from it.
+Plain values only: no JAX, no file access. `checkpoints.hf_config` fills it; `sloraj.model` builds
+from it.
 """
 
 from __future__ import annotations

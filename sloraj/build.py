@@ -1,6 +1,7 @@
 """From an EngineConfig to a running engine core: the one place where all parts meet.
 
-Everything "auto" is resolved here, once, and reported: kernels, dtype, context length, rank, memory.
+Everything "auto" is resolved here, once, and reported: kernels, dtype, context length, rank,
+memory.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from checkpoints.peft_adapter import WEIGHTS_FILE, read_adapter
 from checkpoints.safetensors_file import SafetensorsFile
 from pallas_kernels.dispatch import resolve_implementation
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
+from sloraj.adapters.loader import LoadFunction
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil
 from sloraj.core import EngineCore
-from sloraj.adapters.loader import LoadFunction
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
 from sloraj.model.rope import max_context
@@ -45,7 +46,7 @@ from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
-from sloraj.runner.runner import RunnerConfig
+from sloraj.runner.state import RunnerConfig
 
 Progress = Callable[[str, int, int], None]
 MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
@@ -180,7 +181,9 @@ def build_runner(
         dtype=dtype,
     )
     max_rank = div_ceil(config.max_rank or DEFAULT_MAX_RANK, tp) * tp
-    max_model_len = min(config.max_model_len or max_context(model_config), max_context(model_config))
+    max_model_len = min(
+        config.max_model_len or max_context(model_config), max_context(model_config)
+    )
     adapter_pages = max_adapter_pages(layout, model_config, max_rank)
     plan = _plan(config, model_config, layout, device, max_model_len, adapter_pages)
     log.info("%s", plan)

@@ -1,4 +1,6 @@
-"""Frozen settings. `EngineConfig` is what a caller writes; "auto" values are None until resolved."""
+"""Frozen settings. `EngineConfig` is what a caller writes; "auto" values are None until
+resolved.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "page_size", "max_num_seqs", "max_num_batched_tokens",
                      "max_adapter_slots", "max_num_waiting"):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, allowed: 1 and up", param=name)
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)}, allowed: 1 and up", param=name
+                )
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens: got {self.max_num_batched_tokens}, allowed: above "
@@ -83,8 +87,8 @@ class PoolLayout:
     def __post_init__(self) -> None:
         if self.page_elems % CHUNK:
             raise ConfigError(
-                f"page_size: got {self.page_size}, allowed: one that makes 2 * page_size * kv heads "
-                f"({self.num_kv_heads}) * head_dim ({self.head_dim}) a multiple of {CHUNK}",
+                f"page_size: got {self.page_size}, allowed: one that makes 2 * page_size * kv "
+                f"heads ({self.num_kv_heads}) * head_dim ({self.head_dim}) a multiple of {CHUNK}",
                 param="page_size",
             )
 

@@ -117,9 +117,7 @@ class EngineCore:
         """Queue a message for the next step. Thread-safe. After the end nothing is answered."""
         self._inbox.put(message)
 
-    def preload(
-        self, adapters: Iterable[tuple[str, str]], report: Callable[[int], None]
-    ) -> None:
+    def preload(self, adapters: Iterable[tuple[str, str]], report: Callable[[int], None]) -> None:
         """Load (adapter_id, path) pairs before the loop runs; `report` gets the number done.
 
         Raises what the first bad one is refused with.

@@ -1,7 +1,8 @@
-"""What the server, and any other text-level caller, may ask of an engine. Implemented by `Frontend`.
+"""What the server, and any other text-level caller, may ask of an engine. Implemented by
+`Frontend`.
 
-All methods are safe to call from any thread. `on_output` is called from the receiver thread and must not
-block: hand the value to a queue.
+All methods are safe to call from any thread. `on_output` is called from the receiver thread and
+must not block: hand the value to a queue.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ class PositionLogprobs:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """An increment of one choice, or the failure of the whole request (`error`, then nothing follows).
+    """An increment of one choice, or the failure of the whole request (`error`, then nothing
+    follows).
 
-    `text` never ends in half a code point, and never holds part of a stop string that may still complete.
+    `text` never ends in half a code point, and never holds part of a stop string that may still
+    complete.
     """
 
     request_id: str
@@ -95,7 +98,9 @@ class EngineHealth:
 
 
 class TokenizerApi(Protocol):
-    """Text to ids and back. `encode` treats special tokens in user text as plain text unless told."""
+    """Text to ids and back. `encode` treats special tokens in user text as plain text unless
+    told.
+    """
 
     vocab_size: int
 
@@ -130,8 +135,9 @@ class FrontendApi(Protocol):
     ) -> int:
         """Start a request and return its number of prompt tokens.
 
-        `adapter_id` None is the base model. Raises InvalidRequest, ContextTooLong or EngineUnavailable
-        at once; AdapterNotFound, QueueFull and later failures arrive as RequestOutput.error.
+        `adapter_id` None is the base model. Raises InvalidRequest, ContextTooLong or
+        EngineUnavailable at once; AdapterNotFound, QueueFull and later failures arrive as
+        RequestOutput.error.
         """
 
     def abort(self, request_id: str) -> None:

@@ -24,8 +24,9 @@ def _require(holds: bool, param: str, got: Any, allowed: str) -> None:
 class SamplingParams:
     """How to turn logits into tokens and when to stop. Raises InvalidRequest naming the field.
 
-    temperature 0 is greedy. top_k 0 (or -1) is off. `logprobs` is the number of alternatives to report
-    besides the chosen token (None: report nothing). `max_tokens` None means up to the context limit.
+    temperature 0 is greedy. top_k 0 (or -1) is off. `logprobs` is the number of alternatives to
+    report besides the chosen token (None: report nothing). `max_tokens` None means up to the
+    context limit.
     """
 
     max_tokens: int | None = 16
@@ -80,7 +81,10 @@ class SamplingParams:
             _require(finite(bias) and -100 <= bias <= 100, "logit_bias", bias, "-100 to 100")
         if self.logprobs is not None:
             _require(
-                0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}"
+                0 <= self.logprobs <= MAX_LOGPROBS,
+                "logprobs",
+                self.logprobs,
+                f"0 to {MAX_LOGPROBS}",
             )
         _require(
             len(self.stop) <= MAX_STOP, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP}"
@@ -88,7 +92,8 @@ class SamplingParams:
         _require(all(self.stop), "stop", "", "strings of 1 character and up")
         _require(
             len(self.stop_token_ids) <= MAX_STOP and all(t >= 0 for t in self.stop_token_ids),
-            "stop_token_ids", list(self.stop_token_ids[: MAX_STOP + 1]), f"at most {MAX_STOP} ids of 0 and up",
+            "stop_token_ids", list(self.stop_token_ids[: MAX_STOP + 1]),
+            f"at most {MAX_STOP} ids of 0 and up",
         )  # fmt: skip
 
     @property

@@ -1,8 +1,9 @@
 """From logits to tokens, on the device, without sorting the vocabulary.
 
-Order of effects, as vLLM's: penalties, logit bias, temperature, then top-k, top-p and min-p on the result.
-Thresholds are exact: a bisection over the bits of the float finds the k-th largest value, or the largest
-cut whose tokens hold at least top_p of the probability; ties at the cut are all kept.
+Order of effects, as vLLM's: penalties, logit bias, temperature, then top-k, top-p and min-p on the
+result. Thresholds are exact: a bisection over the bits of the float finds the k-th largest value,
+or the largest cut whose tokens hold at least top_p of the probability; ties at the cut are all
+kept.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def sample(
 ) -> Sampled:
     """Draw one token a row.
 
-    logits f32 `[B, V]`; rows i32 `[B]` index params and counts; positions i32 `[B]` are those of the drawn
-    tokens: noise depends on (seed, position) alone, so a row draws the same token in any batch.
+    logits f32 `[B, V]`; rows i32 `[B]` index params and counts; positions i32 `[B]` are those of
+    the drawn tokens: noise depends on (seed, position) alone, so a row draws the same token in any
+    batch.
     """
     is_finite = jnp.isfinite(logits).all(axis=-1)
     if variant == GREEDY:
@@ -133,9 +135,7 @@ def _filter(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     return jnp.where(probabilities >= jnp.maximum(cut, floor)[:, None], logits, lowest)
 
 
-def largest_threshold(
-    values: jax.Array, holds: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def largest_threshold(values: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The largest f32 threshold a row for which `holds` (true at -inf, then falling) is still true.
 
     Bisects over the integers that order like floats: 32 halvings are exact.
@@ -169,15 +169,15 @@ def _noise(seeds: jax.Array, positions: jax.Array, vocab: int) -> jax.Array:
 
 
 def count_sampled(counts: TokenCounts, rows: jax.Array, tokens: jax.Array) -> TokenCounts:
-    return dataclasses.replace(
-        counts, output=counts.output.at[rows, tokens].add(jnp.int32(1))
-    )
+    return dataclasses.replace(counts, output=counts.output.at[rows, tokens].add(jnp.int32(1)))
 
 
 def count_known(
     counts: TokenCounts, rows: jax.Array, tokens: jax.Array, is_output: jax.Array
 ) -> TokenCounts:
-    """Count tokens that a prefill computed: prompt tokens by presence, earlier outputs by number."""
+    """Count tokens that a prefill computed: prompt tokens by presence, earlier outputs by
+    number.
+    """
     return TokenCounts(
         in_prompt=counts.in_prompt.at[rows, tokens].max(is_output == 0),
         output=counts.output.at[rows, tokens].add(is_output),

@@ -1,4 +1,6 @@
-"""Shared test settings: eight forced CPU devices, strict dtype promotion, no silent rank promotion."""
+"""Shared test settings: eight forced CPU devices, strict dtype promotion, no silent rank
+promotion.
+"""
 
 import os
 

@@ -1,8 +1,8 @@
 """Llama-family decoder in Flax NNX, written in the per-device view.
 
 Every array here is one device's part; the whole step runs inside one `jax.shard_map`. Axis letters:
-T tokens, D hidden, N query heads, K kv heads, H head_dim, F intermediate, V vocabulary (all per device).
-Weights keep the checkpoint's `[out, in]` layout: `y = x @ W.T` is `"td,nd->tn"`.
+T tokens, D hidden, N query heads, K kv heads, H head_dim, F intermediate, V vocabulary (all per
+device). Weights keep the checkpoint's `[out, in]` layout: `y = x @ W.T` is `"td,nd->tn"`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from checkpoints.model_config import ModelConfig
+from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -30,7 +30,7 @@ from sloraj.parallel.mesh import local_kv_heads
 from sloraj.parallel.sharding import ParamRule
 
 UNLIMITED = 2**31 - 1  # window of full attention
-Q, K, V, O, GATE, UP, DOWN = range(7)  # indices into TARGET_MODULES
+Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(len(TARGET_MODULES))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,9 @@ class StepSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have valid False and page 0."""
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have valid False and page
+    0.
+    """
 
     token_ids: jax.Array  # [T]
     positions: jax.Array  # [T]
@@ -101,7 +103,9 @@ class DecoderLayer(_Parameters):
         inputs: StepInputs,
         spec: StepSpec,
     ) -> tuple[jax.Array, jax.Array]:
-        """x `[T, D]`, pool `[pages, page_elems]` (keys and values of the step are written to it)."""
+        """x `[T, D]`, pool `[pages, page_elems]` (keys and values of the step are written to
+        it).
+        """
         eps = spec.config.rms_norm_eps
         with jax.named_scope("attention"):
             h = rms_norm(x, self.input_norm[...], eps)
@@ -128,7 +132,7 @@ class DecoderLayer(_Parameters):
         q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
         delta = _Delta(pool, layer, inputs, spec)
         qkv = linear(h, self.qkv[...], self.param("qkv_bias"))
-        qkv = delta.column(qkv, h, (Q, K, V), (q_size, kv_size, kv_size))
+        qkv = delta.column(qkv, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
         q, k, v = jnp.split(qkv, [q_size, q_size + kv_size], axis=1)
         q = q.reshape(-1, num_heads, config.head_dim)
         k = k.reshape(-1, num_kv_heads, config.head_dim)
@@ -144,7 +148,7 @@ class DecoderLayer(_Parameters):
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
         delta = _Delta(pool, layer, inputs, spec)
-        partial = delta.row(linear(attended, self.o[...]), attended, O)
+        partial = delta.row(linear(attended, self.o[...]), attended, O_PROJ)
         out = sum_partial(partial, spec.tp)
         bias = self.param("o_bias")
         return (out if bias is None else out + bias[None, :]), pool
@@ -155,10 +159,10 @@ class DecoderLayer(_Parameters):
         f = spec.config.intermediate_size // spec.tp
         delta = _Delta(pool, layer, inputs, spec)
         gate_up = linear(h, self.gate_up[...], self.param("gate_up_bias"))
-        gate_up = delta.column(gate_up, h, (GATE, UP), (f, f))
+        gate_up = delta.column(gate_up, h, (GATE_PROJ, UP_PROJ), (f, f))
         gate, up = jnp.split(gate_up, 2, axis=1)
         h = jax.nn.silu(gate) * up
-        out = sum_partial(delta.row(linear(h, self.down[...]), h, DOWN), spec.tp)
+        out = sum_partial(delta.row(linear(h, self.down[...]), h, DOWN_PROJ), spec.tp)
         bias = self.param("down_bias")
         return out if bias is None else out + bias[None, :]
 
@@ -181,7 +185,9 @@ class _Delta:
         return self._expand(base, gather_rank_rows(v, tp), modules, out_sizes, jnp.int32(0))
 
     def row(self, base: jax.Array, x: jax.Array, module: int) -> jax.Array:
-        """Row-parallel: the partial shrink is summed; the device adds its columns to its partial."""
+        """Row-parallel: the partial shrink is summed; the device adds its columns to its
+        partial.
+        """
         tp = self.spec.tp
         v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
         columns = self.spec.config.hidden_size // tp
@@ -259,8 +265,8 @@ class Ends(_Parameters):
 class Model:
     """Graph definitions and leaf orders, so that programs take flat tuples of arrays.
 
-    Merging NNX state inside a traced function costs nothing at run time, while passing modules through
-    `nnx.jit` costs tens of milliseconds a call.
+    Merging NNX state inside a traced function costs nothing at run time, while passing modules
+    through `nnx.jit` costs tens of milliseconds a call.
     """
 
     spec: StepSpec
@@ -289,9 +295,7 @@ def abstract_model(
     """The model without its arrays."""
     layer = nnx.eval_shape(lambda: DecoderLayer(layer_rules[0], dtype))
     ends = nnx.eval_shape(lambda: Ends(end_rules, dtype))
-    return Model(
-        spec, layer_rules, end_rules, nnx.split(layer)[0], nnx.split(ends)[0]
-    )
+    return Model(spec, layer_rules, end_rules, nnx.split(layer)[0], nnx.split(ends)[0])
 
 
 def forward(
@@ -304,8 +308,8 @@ def forward(
 ) -> tuple[list[jax.Array], jax.Array]:
     """One step, per-device view: writes keys and values, returns f32 logits `[B, V]`.
 
-    The layer is an inner `jax.jit`, traced once for all layers: inlined layers cost seconds of tracing a
-    program, which no compilation cache saves.
+    The layer is an inner `jax.jit`, traced once for all layers: inlined layers cost seconds of
+    tracing a program, which no compilation cache saves.
     """
     spec = model.spec
     ends = model.ends(ends_leaves)

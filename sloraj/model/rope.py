@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies by scaling type, and their application.
 
-Sources: transformers `modeling_rope_utils` for the meaning of each config field; YaRN (arXiv:2309.00071);
-Llama 3.1's wavelength-dependent scaling.
+Sources: transformers `modeling_rope_utils` for the meaning of each config field; YaRN
+(arXiv:2309.00071); Llama 3.1's wavelength-dependent scaling.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from checkpoints.model_config import ModelConfig, RopeConfig
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """(inverse frequencies f32 [head_dim / 2], factor on cos and sin).
 
-    `dynamic` equals the unscaled embedding up to the original context, which is as far as a cache of rotated
-    keys can follow it: `max_context` bounds max_model_len accordingly.
+    `dynamic` equals the unscaled embedding up to the original context, which is as far as a cache
+    of rotated keys can follow it: `max_context` bounds max_model_len accordingly.
     """
     rope, dim = config.rope, config.head_dim
     inverse = rope.theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -53,9 +53,7 @@ def _llama3(inverse: np.ndarray, rope: RopeConfig, config: ModelConfig) -> np.nd
     return np.where(wavelength < high, inverse, scaled)
 
 
-def _yarn(
-    inverse: np.ndarray, rope: RopeConfig, config: ModelConfig
-) -> tuple[np.ndarray, float]:
+def _yarn(inverse: np.ndarray, rope: RopeConfig, config: ModelConfig) -> tuple[np.ndarray, float]:
     original = rope.original_max_position_embeddings or config.max_position_embeddings
     dim = config.head_dim
 

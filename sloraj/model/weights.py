@@ -1,7 +1,8 @@
 """From checkpoint tensors to sharded device arrays, one parameter at a time.
 
-Each device is sent only the slices that the sharding table gives it, straight from the memory-mapped file;
-joining and casting happen on the device, so no second host copy of the model exists.
+Each device is sent only the slices that the sharding table gives it, straight from the
+memory-mapped file; joining and casting happen on the device, so no second host copy of the model
+exists.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ def _load(
     return jax.block_until_ready(leaves)
 
 
-def _load_one(
-    source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtype
-) -> jax.Array:
+def _load_one(source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
     shards = []
     for index, device in enumerate(mesh.devices.flat):
         pieces = [

@@ -1,10 +1,11 @@
 """Every collective of the step, by name. Each is the identity on a mesh of one.
 
-Per layer, with N devices, T tokens and padded rank R (the engine's max_rank), in elements a device sends on a ring:
+Per layer, with N devices, T tokens and padded rank R (the engine's max_rank), in elements a device
+sends on a ring:
 
     attention, MLP    2 base all-reduces [T, D]                 Megatron
-    q, k, v           1 all-gather of [T, 3, R / N]             S-LoRA section 6.2, fused over the modules
-    gate, up          1 all-gather of [T, 2, R / N]
+    q, k, v           1 all-gather of [T, 3, R / N]             S-LoRA section 6.2, fused over the
+    modules gate, up          1 all-gather of [T, 2, R / N]
     o                 1 all-reduce of [T, 1, R]
     down              1 all-reduce of [T, 1, R]
 

@@ -48,5 +48,7 @@ def check_divisible(config: ModelConfig, tp: int) -> None:
 
 
 def local_kv_heads(config: ModelConfig, tp: int) -> int:
-    """kv heads a device: its share, or one repeated head when there are fewer heads than devices."""
+    """kv heads a device: its share, or one repeated head when there are fewer heads than
+    devices.
+    """
     return max(1, config.num_kv_heads // tp)

@@ -1,8 +1,9 @@
-"""The one sharding table: which slices of which checkpoint tensors make each parameter on each device.
+"""The one sharding table: which slices of which checkpoint tensors make each parameter on each
+device.
 
 Parameters keep the checkpoint's `[out, in]` layout, so that loading is slicing. A parameter is the
-concatenation, along axis 0, of its pieces; the global array of a parameter stacks the devices' parameters
-along the sharded axis, in device order.
+concatenation, along axis 0, of its pieces; the global array of a parameter stacks the devices'
+parameters along the sharded axis, in device order.
 """
 
 from __future__ import annotations

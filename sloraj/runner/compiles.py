@@ -53,13 +53,6 @@ class CompileJob:
     arguments: tuple[Any, ...]
 
 
-def abstract(tree: Any) -> Any:
-    """The tree's shapes, dtypes and shardings, without its data."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
-
-
 def ints(*shape: int) -> jax.ShapeDtypeStruct:
     """An i32 argument that comes from the host."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -73,9 +66,7 @@ def compile_all(
     Calling a compiled program with other shapes is an error, never a compilation.
     """
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        futures = {
-            pool.submit(job.program.lower(*job.arguments).compile): job.key for job in jobs
-        }
+        futures = {pool.submit(job.program.lower(*job.arguments).compile): job.key for job in jobs}
         compiled = {}
         for future in concurrent.futures.as_completed(futures):
             compiled[futures[future]] = future.result()

@@ -55,9 +55,10 @@ def plan_memory(
     num_pages = pool_bytes // page_bytes
     if num_pages < min_pages:
         raise ConfigError(
-            f"pool_bytes: got {pool_bytes} bytes ({num_pages} pages of {page_bytes} bytes), allowed: at "
-            f"least {min_pages * page_bytes}, which holds one sequence of max_model_len and one adapter of "
-            f"max_rank; lower max_model_len or max_rank, or give the pool more",
+            f"pool_bytes: got {pool_bytes} bytes ({num_pages} pages of {page_bytes} bytes), "
+            f"allowed: at least {min_pages * page_bytes}, which holds one sequence of "
+            f"max_model_len and one adapter of max_rank; lower max_model_len or max_rank, or give "
+            f"the pool more",
             param="pool_bytes",
         )
     return MemoryPlan(

@@ -85,9 +85,7 @@ def pack_step(
         _pack_tokens(batch.rows, fields)
     n = len(batch.rows)
     fields["batch_rows"][:n] = [r.row for r in batch.rows]
-    fields["num_read_pages"][:n] = [
-        div_ceil(r.start + r.num_tokens, page_size) for r in batch.rows
-    ]
+    fields["num_read_pages"][:n] = [div_ceil(r.start + r.num_tokens, page_size) for r in batch.rows]
     _pack_appends(batch.rows, fields)
     _pack_lora_tiles(batch.rows, fields, bucket.block_rows)
     if not bucket.is_decode:

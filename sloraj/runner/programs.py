@@ -1,8 +1,9 @@
-"""The compiled programs. Each is a pure function of device arrays; the runner keeps and donates them.
+"""The compiled programs. Each is a pure function of device arrays; the runner keeps and donates
+them.
 
 forward   tokens -> logits; writes keys and values into the donated pool      one a token bucket
-sample    logits -> tokens; updates last tokens and penalty counts            one a row bucket and variant
-reset     gives rows to new sequences
+sample    logits -> tokens; updates last tokens and penalty counts            one a row bucket and
+variant reset     gives rows to new sequences
 count     counts prompt tokens for penalties
 install   copies adapter pages into the donated pool                          one a chunk size
 bind      points a slot at an installed version
@@ -10,7 +11,6 @@ bind      points a slot at an installed version
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -19,71 +19,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.tiles import LoraTiles, QueryTiles
 from sloraj.model.llama import Model, StepInputs, forward
-from sloraj.parallel.mesh import AXIS, replicated
+from sloraj.parallel.mesh import replicated
 from sloraj.parallel.sharding import ParamRule
 from sloraj.runner.buckets import Bucket
 from sloraj.runner.packing import step_packing
 from sloraj.runner.rows import RowState, reset_rows
+from sloraj.runner.state import (
+    POOL_SPEC,
+    AdapterTable,
+    ForwardState,
+    SampleState,
+    StepLogits,
+)
 from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sampled, sample
 
-POOL_SPEC = PartitionSpec(None, AXIS)
-STAGING_SPEC = PartitionSpec(None, None, AXIS)
 COUNT_TOKENS = 512  # tokens one count program takes
 WHOLE = PartitionSpec()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterTable:
-    """Where each slot's weights lie, i32. Slot 0 is the base model: nothing."""
-
-    slot_pages: jax.Array  # [slots, max_adapter_pages]
-    num_pages: jax.Array  # [slots]
-    segments: jax.Array  # [layers, slots, 7, 4]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardState:
-    """What a forward program replaces: donated and returned."""
-
-    pools: list[jax.Array]  # per layer [pages, page_elems]
-    page_table: jax.Array  # [rows, pages_per_row]
-    owners: jax.Array | None  # i32 [pages], in checked mode only
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SampleState:
-    """What a sample program replaces: donated and returned."""
-
-    last_token: jax.Array  # i32 [rows]
-    counts: TokenCounts
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepLogits:
-    """What a forward program hands to a sample program."""
-
-    logits: jax.Array  # f32 [B, V]
-    rows: jax.Array  # i32 [B]; padding is the null row
-    positions: jax.Array  # i32 [B] of the tokens to draw
-    violations: jax.Array  # i32 [], checked mode
-
-
-def abstract_logits(mesh: Mesh, num_logits: int, vocab_size: int) -> StepLogits:
-    """Shapes of what a forward program returns, for compiling sample programs."""
-
-    def like(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-
-    return StepLogits(
-        logits=like((num_logits, vocab_size), jnp.float32),
-        rows=like((num_logits,), jnp.int32),
-        positions=like((num_logits,), jnp.int32),
-        violations=like((), jnp.int32),
-    )
 
 
 def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
@@ -107,12 +58,8 @@ def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
         if owners is not None:
             owners = owners.at[pages].set(rows.tag[append_rows])
             violations = _count_violations(owners, page_table, rows, table, fields)
-        inputs = _inputs(
-            fields, page_table, last_token, rows, table, bucket, model.spec.page_size
-        )
-        pools, logits = forward(
-            model, ends, layers, state.pools, inputs, fields["logit_indices"]
-        )
+        inputs = _inputs(fields, page_table, last_token, rows, table, bucket, model.spec.page_size)
+        pools, logits = forward(model, ends, layers, state.pools, inputs, fields["logit_indices"])
         state = ForwardState(pools=pools, page_table=page_table, owners=owners)
         return state, StepLogits(
             logits=logits,
@@ -211,8 +158,8 @@ def _count_violations(
 def sample_program(mesh: Mesh, variant: str) -> Any:
     """(state, step_logits, rows) -> (state, ints, floats).
 
-    ints i32 `[B, 2]`: token, is_finite; with log-probabilities `[B, 2 + MAX_LOGPROBS]`. floats: None, or f32
-    `[B, 1 + MAX_LOGPROBS]`: of the drawn token, then of the most probable ones.
+    ints i32 `[B, 2]`: token, is_finite; with log-probabilities `[B, 2 + MAX_LOGPROBS]`. floats:
+    None, or f32 `[B, 1 + MAX_LOGPROBS]`: of the drawn token, then of the most probable ones.
     """
 
     def step(
@@ -260,11 +207,11 @@ def count_program(mesh: Mesh) -> Any:
 
 
 def install_program(mesh: Mesh) -> Any:
-    """(pools, staging [pages, layers, elems], page ids [pages]) -> pools. Padding goes to page 0."""
+    """(pools, staging [pages, layers, elems], page ids [pages]) -> pools. Padding goes to page
+    0.
+    """
 
-    def step(
-        pools: list[jax.Array], staging: jax.Array, pages: jax.Array
-    ) -> list[jax.Array]:
+    def step(pools: list[jax.Array], staging: jax.Array, pages: jax.Array) -> list[jax.Array]:
         return [pool.at[pages].set(staging[:, layer]) for layer, pool in enumerate(pools)]
 
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, POOL_SPEC))

@@ -23,40 +23,14 @@ INTS = ("top_k", "seed", "prompt_len")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RowState:
-    """Arrays of `max_num_seqs + 1` rows; the last is the null row, which padding reads and writes."""
+    """Arrays of `max_num_seqs + 1` rows; the last is the null row, which padding reads and
+    writes.
+    """
 
     slot: jax.Array  # i32 [rows] adapter slot, 0 = base
     tag: jax.Array  # i32 [rows] owner tag of the row's pages
     adapter_tag: jax.Array  # i32 [rows] owner tag of the leased adapter version's pages
     sampling: SamplingRows
-
-
-def empty_rows(num_rows: int, vocab_size: int) -> RowState:
-    def ints(*shape: int) -> jax.Array:
-        return jnp.zeros((num_rows, *shape), jnp.int32)
-
-    def floats(value: float, *shape: int) -> jax.Array:
-        return jnp.full((num_rows, *shape), value, jnp.float32)
-
-    return RowState(
-        slot=ints(),
-        tag=ints(),
-        adapter_tag=ints(),
-        sampling=SamplingRows(
-            **{name: floats(0.0) for name in FLOATS},
-            **{name: ints() for name in INTS},
-            bias_ids=jnp.full((num_rows, NUM_BIAS), vocab_size, jnp.int32),
-            bias_values=floats(0.0, NUM_BIAS),
-            bias_until=ints(NUM_BIAS),
-        ),
-    )
-
-
-def empty_counts(num_rows: int, vocab_size: int) -> TokenCounts:
-    return TokenCounts(
-        in_prompt=jnp.zeros((num_rows, vocab_size), jnp.bool_),
-        output=jnp.zeros((num_rows, vocab_size), jnp.int32),
-    )
 
 
 RESET_PACKING = Packing(
@@ -147,10 +121,7 @@ def reset_rows(
 def needs_full_sampling(params: SamplingParams) -> bool:
     """Whether more than an argmax is needed."""
     return bool(
-        not params.is_greedy
-        or params.min_tokens
-        or params.logit_bias
-        or has_penalties(params)
+        not params.is_greedy or params.min_tokens or params.logit_bias or has_penalties(params)
     )
 
 

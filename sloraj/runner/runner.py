@@ -1,7 +1,7 @@
 """Executes scheduled batches: keeps the device state, picks programs, moves bytes.
 
-A step is enqueued by `execute` and read by `collect`; between the two the host may enqueue the next one, so
-the device never waits for Python. Nothing here decides what runs: that is the scheduler's.
+A step is enqueued by `execute` and read by `collect`; between the two the host may enqueue the next
+one, so the device never waits for Python. Nothing here decides what runs: that is the scheduler's.
 """
 
 from __future__ import annotations
@@ -24,47 +24,18 @@ from sloraj.batch import (
     StepResult,
     TokenLogprobs,
 )
-from sloraj.config import PoolLayout
 from sloraj.model.llama import Model
 from sloraj.model.weights import Leaves
-from sloraj.parallel.mesh import replicated
-from sloraj.runner import programs
 from sloraj.runner.buckets import Bucket, Buckets
-from sloraj.runner.compiles import (
-    CompileCounter,
-    CompileJob,
-    Key,
-    abstract,
-    compile_all,
-    ints,
-)
-from sloraj.runner.packing import known_token_ids, pack_step, step_packing
-from sloraj.runner.rows import (
-    RESET_PACKING,
-    RESETS,
-    empty_counts,
-    empty_rows,
-    has_penalties,
-    needs_full_sampling,
-    pack_resets,
-)
+from sloraj.runner.compiles import CompileCounter, Key, compile_all
+from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
+from sloraj.runner.packing import known_token_ids, pack_step
+from sloraj.runner.programs import COUNT_TOKENS
+from sloraj.runner.rows import RESETS, has_penalties, needs_full_sampling, pack_resets
+from sloraj.runner.state import STAGING_SPEC, RunnerConfig, StepLogits, abstract_state, zeros
 from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
 
-INSTALL_PAGES = (8, 1)  # pages an install program copies; large first
 Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerConfig:
-    """Sizes of the device state."""
-
-    layout: PoolLayout
-    num_pages: int
-    max_num_seqs: int
-    max_model_len: int
-    max_adapter_slots: int  # slot 0 not counted
-    max_adapter_pages: int
-    checked: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +44,7 @@ class StepHandle:
 
     batch: ScheduledBatch
     sampled: tuple[ScheduledRow, ...]
-    logits: programs.StepLogits
+    logits: StepLogits
     drawn: jax.Array | None
     floats: jax.Array | None
 
@@ -92,58 +63,27 @@ class DeviceRunner:
     ) -> None:
         self._model, self._ends, self._layers = model, ends, layers
         self._mesh, self._buckets, self._config = mesh, buckets, config
-        self._null_row = config.max_num_seqs
+        self._null_row = config.null_row
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
         self._known_at_reset: dict[int, int] = {}
         self._num_steps = self._num_install_bytes = 0
         self._programs: dict[Key, Any] = {}
-        self._make_state()
-
-    def _make_state(self) -> None:
-        config, layout = self._config, self._config.layout
-        num_rows, num_slots = config.max_num_seqs + 1, config.max_adapter_slots + 1
-        pages_per_row = -(-config.max_model_len // layout.page_size)
-        dtype = jnp.dtype(layout.dtype)
-        shape = (config.num_pages, layout.tp * layout.page_elems)
-        pool_sharding = NamedSharding(self._mesh, programs.POOL_SPEC)
-        zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=pool_sharding)
-        here = replicated(self._mesh)
-        self._state = programs.ForwardState(
-            pools=[zeros() for _ in range(layout.num_layers)],
-            page_table=jax.device_put(jnp.zeros((num_rows, pages_per_row), jnp.int32), here),
-            owners=jax.device_put(jnp.zeros(config.num_pages, jnp.int32), here)
-            if config.checked
-            else None,
-        )
-        self._rows = jax.device_put(empty_rows(num_rows, self._vocab_size), here)
-        self._sample_state = programs.SampleState(
-            last_token=jax.device_put(jnp.zeros(num_rows, jnp.int32), here),
-            counts=jax.device_put(empty_counts(num_rows, self._vocab_size), here),
-        )
-        self._table = jax.device_put(
-            programs.AdapterTable(
-                slot_pages=jnp.zeros((num_slots, config.max_adapter_pages), jnp.int32),
-                num_pages=jnp.zeros(num_slots, jnp.int32),
-                segments=jnp.zeros(
-                    (layout.num_layers, num_slots, len(TARGET_MODULES), 4), jnp.int32
-                ),
-            ),
-            here,
-        )
+        state = zeros(abstract_state(config, mesh, self._vocab_size))
+        self._state, self._sample_state = state.forward, state.sample
+        self._rows, self._table = state.rows, state.table
 
     # --- start ---------------------------------------------------------------------------------
 
     @property
     def num_programs(self) -> int:
         """Programs compiled at start; none is compiled after."""
-        samples = len(VARIANTS) * len(self._buckets.sample)
-        forwards = len(self._buckets.decode) + len(self._buckets.mixed)
-        return forwards + samples + len(INSTALL_PAGES) + 3  # reset, count, bind
+        return len(self._programs)
 
     def compile(self, progress: Progress, *, only: Collection[Key] | None = None) -> None:
         """Compile the programs; `only` names those that a test is content with."""
-        jobs = [job for job in self._jobs() if only is None or job.key in only]
+        jobs = make_jobs(self._model, self._mesh, self._buckets, self._config)
+        jobs = [job for job in jobs if only is None or job.key in only]
         self._programs = compile_all(jobs, progress)
 
     def program_text(self, key: Key) -> str:
@@ -158,67 +98,13 @@ class DeviceRunner:
         jax.block_until_ready(self._state.pools)
         self._compiles.mark_ready()
 
-    def _jobs(self) -> list[CompileJob]:
-        """Every program with the shapes it is compiled for. Calls must match them exactly."""
-        mesh, layout = self._mesh, self._config.layout
-        state, samples, rows, table = abstract(
-            (self._state, self._sample_state, self._rows, self._table)
-        )
-        jobs = [
-            CompileJob(
-                ("forward", bucket.name),
-                programs.forward_program(self._model, mesh, bucket),
-                (*abstract((self._ends, self._layers)), state, samples.last_token, rows, table,
-                 ints(step_packing(bucket).size)),
-            )
-            for bucket in (*self._buckets.decode, *self._buckets.mixed)
-        ]  # fmt: skip
-        for num_logits in self._buckets.sample:
-            logits = programs.abstract_logits(mesh, num_logits, self._vocab_size)
-            jobs += [
-                CompileJob(
-                    ("sample", variant, num_logits),
-                    programs.sample_program(mesh, variant),
-                    (samples, logits, rows),
-                )
-                for variant in VARIANTS
-            ]
-        staging = NamedSharding(mesh, programs.STAGING_SPEC)
-        shape = (layout.num_layers, layout.tp * layout.page_elems)
-        jobs += [
-            CompileJob(
-                ("install", size),
-                programs.install_program(mesh),
-                (state.pools, jax.ShapeDtypeStruct((size, *shape), layout.dtype, sharding=staging),
-                 ints(size)),
-            )
-            for size in INSTALL_PAGES
-        ]  # fmt: skip
-        segments = self._empty_segments().shape
-        return [
-            *jobs,
-            CompileJob(
-                ("bind",),
-                programs.bind_program(mesh),
-                (table, state.owners, ints(), ints(), ints(), ints(self._config.max_adapter_pages),
-                 ints(*segments)),
-            ),
-            CompileJob(
-                ("reset",), programs.reset_program(mesh), (rows, samples.counts, ints(RESET_PACKING.size))
-            ),
-            CompileJob(
-                ("count",), programs.count_program(mesh),
-                (samples.counts, ints(3, programs.COUNT_TOKENS)),
-            ),
-        ]  # fmt: skip
-
     def _run_every_program(self) -> None:
         self._reset_rows([])
         self._count_tokens(self._count_buffer([]))
         self._bind_slot(0, 0, (), self._empty_segments())
         for size in INSTALL_PAGES:
             self._install_pages(self._empty_staging(size), (0,) * size)
-        logits_of: dict[int, programs.StepLogits] = {}
+        logits_of: dict[int, StepLogits] = {}
         empty = ScheduledBatch(step=0, rows=())
         for bucket in (*self._buckets.decode, *self._buckets.mixed):
             logits_of[bucket.num_logits] = self._run_forward(bucket, empty)
@@ -237,7 +123,9 @@ class DeviceRunner:
     # --- a step --------------------------------------------------------------------------------
 
     def execute(self, batch: ScheduledBatch) -> StepHandle:
-        """Enqueue installs, row resets, the forward pass and sampling; never waits for the device."""
+        """Enqueue installs, row resets, the forward pass and sampling; never waits for the
+        device.
+        """
         for install in batch.installs:
             self._install_adapter(install)
         resets = [row for row in batch.rows if row.is_reset]
@@ -267,7 +155,7 @@ class DeviceRunner:
         violations = int(handle.logits.violations) if self._config.checked else 0
         return StepResult(handle.batch.step, tuple(tokens), violations)
 
-    def _run_forward(self, bucket: Bucket, batch: ScheduledBatch) -> programs.StepLogits:
+    def _run_forward(self, bucket: Bucket, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
         buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
         self._state, logits = self._programs["forward", bucket.name](
@@ -281,9 +169,7 @@ class DeviceRunner:
         )
         return logits
 
-    def _run_sample(
-        self, variant: str, logits: programs.StepLogits
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _run_sample(self, variant: str, logits: StepLogits) -> tuple[jax.Array, jax.Array | None]:
         program = self._programs["sample", variant, logits.logits.shape[0]]
         self._sample_state, drawn, floats = program(self._sample_state, logits, self._rows)
         return drawn, floats
@@ -304,11 +190,11 @@ class DeviceRunner:
             for position, token in enumerate(known_token_ids(row), row.start)
             if position < self._known_at_reset[row.row]  # later ones were counted when sampled
         ]
-        for start in range(0, len(known), programs.COUNT_TOKENS):
-            self._count_tokens(self._count_buffer(known[start : start + programs.COUNT_TOKENS]))
+        for start in range(0, len(known), COUNT_TOKENS):
+            self._count_tokens(self._count_buffer(known[start : start + COUNT_TOKENS]))
 
     def _count_buffer(self, known: list[tuple[int, int, int]]) -> np.ndarray:
-        buffer = np.zeros((3, programs.COUNT_TOKENS), np.int32)
+        buffer = np.zeros((3, COUNT_TOKENS), np.int32)
         buffer[0] = self._null_row
         if known:
             buffer[:, : len(known)] = np.array(known, np.int32).T
@@ -331,15 +217,13 @@ class DeviceRunner:
         self._num_install_bytes += install.packed.num_bytes
 
     def _install_pages(self, staging: np.ndarray, pages: tuple[int, ...]) -> None:
-        on_device = jax.device_put(staging, NamedSharding(self._mesh, programs.STAGING_SPEC))
+        on_device = jax.device_put(staging, NamedSharding(self._mesh, STAGING_SPEC))
         pools = self._programs["install", len(pages)](
             self._state.pools, on_device, np.array(pages, np.int32)
         )
         self._state = dataclasses.replace(self._state, pools=pools)
 
-    def _bind_slot(
-        self, slot: int, tag: int, pages: tuple[int, ...], segments: np.ndarray
-    ) -> None:
+    def _bind_slot(self, slot: int, tag: int, pages: tuple[int, ...], segments: np.ndarray) -> None:
         table_row = np.zeros(self._config.max_adapter_pages, np.int32)
         table_row[: len(pages)] = pages
         self._table, owners = self._programs["bind",](
@@ -376,9 +260,7 @@ def _variant(sampled: tuple[ScheduledRow, ...]) -> str:
     return FULL if any(needs_full_sampling(p) for p in params) else GREEDY
 
 
-def _sampled_token(
-    row: ScheduledRow, drawn: np.ndarray, floats: np.ndarray | None
-) -> SampledToken:
+def _sampled_token(row: ScheduledRow, drawn: np.ndarray, floats: np.ndarray | None) -> SampledToken:
     logprobs = None
     wanted = row.sequence.params.logprobs
     if wanted is not None and floats is not None:

@@ -22,7 +22,7 @@ from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.request import SamplingParams, Sequence
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import make_buckets
-from sloraj.runner.runner import RunnerConfig
+from sloraj.runner.state import RunnerConfig
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -1,7 +1,7 @@
 """The runner's logits against transformers + PEFT, and against merged weights in float64.
 
-Every batch mixes base rows with adapters of all ranks and module subsets, prefilled in uneven chunks and
-decoded token by token beside each other.
+Every batch mixes base rows with adapters of all ranks and module subsets, prefilled in uneven
+chunks and decoded token by token beside each other.
 """
 
 from __future__ import annotations

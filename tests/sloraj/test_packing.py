@@ -1,4 +1,6 @@
-"""The step buffer: every token appears once, in the right tile, with the right page and position."""
+"""The step buffer: every token appears once, in the right tile, with the right page and
+position.
+"""
 
 from __future__ import annotations
 

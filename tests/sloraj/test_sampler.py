@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sloraj.runner.rows import empty_counts, empty_rows
+from sloraj.runner.rows import NUM_BIAS
 from sloraj.sampler import (
     FULL,
     GREEDY,
@@ -26,13 +26,27 @@ VOCAB = 257
 
 def make_rows(num_rows: int = 4, **values: object) -> SamplingRows:
     """Rows with neutral parameters; `values` are scalars or one value a row."""
-    rows = empty_rows(num_rows, VOCAB).sampling
+    floats = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+    rows = SamplingRows(
+        **{name: jnp.zeros(num_rows, jnp.float32) for name in floats},
+        **{name: jnp.zeros(num_rows, jnp.int32) for name in ("top_k", "seed", "prompt_len")},
+        bias_ids=jnp.zeros((num_rows, NUM_BIAS), jnp.int32),
+        bias_values=jnp.zeros((num_rows, NUM_BIAS), jnp.float32),
+        bias_until=jnp.zeros((num_rows, NUM_BIAS), jnp.int32),
+    )
     neutral: dict[str, object] = {"temperature": 1.0, "top_p": 1.0, "repetition": 1.0}
     fields = {}
     for name, value in (neutral | values).items():
         old = getattr(rows, name)
         fields[name] = jnp.broadcast_to(jnp.asarray(value, old.dtype), old.shape)
     return SamplingRows(**{**{f: getattr(rows, f) for f in rows.__dataclass_fields__}, **fields})
+
+
+def empty_counts(num_rows: int, vocab_size: int) -> TokenCounts:
+    return TokenCounts(
+        in_prompt=jnp.zeros((num_rows, vocab_size), jnp.bool_),
+        output=jnp.zeros((num_rows, vocab_size), jnp.int32),
+    )
 
 
 def random_logits(seed: int, num_rows: int = 4) -> np.ndarray:
@@ -98,9 +112,7 @@ def test_temperature_zero_is_greedy_in_every_variant(variant: str) -> None:
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = random_logits(4)
-    np.testing.assert_array_equal(
-        draw(logits, make_rows(temperature=1e-6)), logits.argmax(axis=-1)
-    )
+    np.testing.assert_array_equal(draw(logits, make_rows(temperature=1e-6)), logits.argmax(axis=-1))
 
 
 def test_the_same_seed_and_position_draw_the_same_token_in_any_batch() -> None:
@@ -158,9 +170,7 @@ def test_non_finite_logits_are_flagged_by_row() -> None:
     logits[1, 7] = np.nan
     logits[3, 0] = np.inf
     index = jnp.arange(4, dtype=jnp.int32)
-    drawn = sample(
-        jnp.asarray(logits), index, index, make_rows(), empty_counts(4, VOCAB), GREEDY
-    )
+    drawn = sample(jnp.asarray(logits), index, index, make_rows(), empty_counts(4, VOCAB), GREEDY)
     np.testing.assert_array_equal(np.asarray(drawn.is_finite), [True, False, True, False])
 
 

@@ -1,4 +1,6 @@
-"""The sharding table: together, the devices' pieces are the checkpoint, each row and column once."""
+"""The sharding table: together, the devices' pieces are the checkpoint, each row and column
+once.
+"""
 
 from __future__ import annotations
 
