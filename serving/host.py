@@ -32,6 +32,7 @@ class EngineHost:
         self._bridge: Bridge | None = None
         self._failure: BaseException | None = None
         self._is_stopped = False
+        self._is_death_logged = False
         self._lock = threading.Lock()
         self.is_draining = False
         self.created = int(time.time())
@@ -103,7 +104,11 @@ class EngineHost:
         if self._bridge is None:
             state = "dead" if self._is_stopped else "starting"
             return EngineHealth(state=state, heartbeat_age_s=0.0)
-        return self._bridge.engine.health()
+        health = self._bridge.engine.health()
+        if health.state == "dead" and not self._is_death_logged:
+            self._is_death_logged = True
+            log.error("the engine is dead: %s", health.detail)
+        return health
 
     def unhealthy_reason(self) -> str | None:
         """Why this server cannot serve; None while it can. A silent engine counts only with work to

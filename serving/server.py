@@ -18,6 +18,7 @@ from serving.app import create_app
 from serving.config import ServerConfig
 from serving.connections import Connection
 from serving.host import EngineFactory, EngineHost
+from serving.sampling_fields import SAMPLING_DEFAULTS
 from sloraj.errors import ConfigError, EngineUnavailable, SlorajError
 from sloraj.frontend_api import FrontendApi
 
@@ -149,11 +150,10 @@ def _announce(engine: FrontendApi, address: str, port: int, *, has_key: bool) ->
         f"""-d '{{"model": "{model}", "prompt": "Hello", "max_tokens": 16}}'""",
         flush=True,
     )
-    if info.generation_defaults:
-        defaults = ", ".join(f"{name} {value}" for name, value in info.generation_defaults.items())
-        print(
-            f"sampling defaults of this model, where a request gives none: {defaults}", flush=True
-        )
+    defaults = {k: v for k, v in info.generation_defaults.items() if k in SAMPLING_DEFAULTS}
+    if defaults:
+        pairs = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        print(f"where a request gives none, this model's defaults: {pairs}", flush=True)
 
 
 def _warn_if_open(config: ServerConfig) -> None:

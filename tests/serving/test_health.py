@@ -73,7 +73,7 @@ def test_an_engine_that_starts_after_the_server_stopped_is_stopped_too(engine: F
 
 @pytest.mark.row(42)
 def test_a_dead_engine_fails_its_requests_and_the_server_says_so(
-    live: LiveServer, engine: FakeEngine
+    live: LiveServer, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.first_token_delay_s = 30
     answers: list[httpx2.Response] = []
@@ -93,6 +93,8 @@ def test_a_dead_engine_fails_its_requests_and_the_server_says_so(
         assert httpx2.get(f"{live.url}{path}").status_code == 503
     after = httpx2.post(url, json=ASK)
     assert after.status_code == 503 and after.headers["retry-after"]
+    told = [record.getMessage() for record in caplog.records if record.name == "serving"]
+    assert told == ["the engine is dead: device lost"]  # once, however often it is asked
 
 
 def test_a_full_queue_is_a_503_with_the_engines_own_delay(

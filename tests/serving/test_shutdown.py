@@ -125,7 +125,9 @@ def _ask_and_lose(url: str) -> None:
 @pytest.mark.row(46)
 @pytest.mark.parametrize("served", [(0.0, 20.0, 30.0)], indirect=True)
 def test_it_can_be_stopped_while_the_engine_starts(served: Served) -> None:
-    time.sleep(1.5)  # no line is printed before readiness
+    assert served.process.stderr is not None
+    while "startup complete" not in (line := served.process.stderr.readline()):
+        assert line  # else it ended
     start_s = time.monotonic()
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(10) == 0
