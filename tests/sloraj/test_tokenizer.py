@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from sloraj.errors import ConfigError, InvalidRequest
 from sloraj.tokenizer import Tokenizer, load_tokenizer
-from tests.sloraj.fake_core import byte_level, sentencepiece_like, word_pieces, write_model
+from tests.sloraj.fake_core import (
+    byte_alphabet,
+    byte_level,
+    sentencepiece_like,
+    word_pieces,
+    write_model,
+)
 
 BYTES = Tokenizer(byte_level(merges=(b"th", b"\xc3\xa9", b"  ")))
 PIECES = Tokenizer(sentencepiece_like())
@@ -104,6 +110,18 @@ def test_loads_from_a_directory_or_a_file(tmp_path: Path) -> None:
     write_model(tmp_path)
     assert load_tokenizer(tmp_path).encode("a") == [97]
     assert load_tokenizer(tmp_path / "tokenizer.json").encode("a") == [97]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_older_format_is_converted_by_transformers(tmp_path: Path) -> None:
+    alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
+    vocabulary = alphabet | {"<|endoftext|>": 256, "th": 257}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("the") == [257, ord("e")]
+    assert tokenizer.decode([257, 0xC3, 0xA9]) == "thé"
 
 
 def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:

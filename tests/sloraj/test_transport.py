@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from sloraj import wire
 from sloraj.config import EngineConfig
 from sloraj.errors import ConfigError, EngineUnavailable, InternalError
 from sloraj.messages import Dead, FromEngine, Generate, GetStats, Heartbeat, Reply, TokenOutput
@@ -200,8 +202,9 @@ def test_sigint_and_sigterm_are_left_to_the_parent(transport: ProcessTransport) 
 
 @pytest.mark.parametrize("fault", ["hang", "freeze"])
 def test_stop_is_bounded_when_the_engine_does_not_answer(
-    transport: ProcessTransport, fault: str
+    transport: ProcessTransport, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sloraj.process_transport.REAP_TIMEOUT_S", 0.5)
     inbox = Inbox(transport)
     inbox.until(Heartbeat)
     transport.send(generate(fault))
@@ -210,6 +213,40 @@ def test_stop_is_bounded_when_the_engine_does_not_answer(
     transport.stop()
     assert time.monotonic() - started < 15
     assert is_gone(transport.pid)
+
+
+def test_a_send_to_a_process_that_does_not_read_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sloraj.process_transport.SEND_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("sloraj.process_transport.REAP_TIMEOUT_S", 0.5)
+    transport = ProcessTransport(config(), core_factory=FACTORY, stop_timeout_s=1.0)
+    transport.start(no_progress)
+    inbox = Inbox(transport)
+    assert transport.pid is not None
+    os.kill(transport.pid, signal.SIGSTOP)
+    large = Generate(request_id="r", prompt_token_ids=[65] * 100_000, params=PARAMS)
+    with pytest.raises(EngineUnavailable):
+        for _ in range(100):
+            transport.send(large)
+    transport.stop()
+    inbox.until(Dead)
+    assert is_gone(transport.pid)
+
+
+def test_frames_cross_whole_in_any_number_of_pieces() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        batch: list[FromEngine] = [Heartbeat(step=1, num_running=2, num_waiting=3)]
+        body = wire.encode(batch)
+        data = len(body).to_bytes(4, "little") + body
+        ours.sendall(data[:2])
+        threading.Timer(0.05, ours.sendall, [data[2:7]]).start()
+        threading.Timer(0.1, ours.sendall, [data[7:]]).start()
+        assert wire.decode_from_engine(wire.receive_frame(theirs)) == batch
+        ours.sendall(b"\xff" * 4)
+        with pytest.raises(EOFError, match="the stream is torn"):
+            wire.receive_frame(theirs)
 
 
 PARENT = """
