@@ -19,13 +19,13 @@ class PackedAdapter:
     """One adapter version in pool layout, ready to send. Made by `sloraj.adapters.layout`."""
 
     version_id: str  # content hash: weights, config and load options
-    pages: np.ndarray  # [num_layers, num_pages, tp * page_elems], pool dtype
+    pages: np.ndarray  # [num_pages, num_layers, tp * page_elems], pool dtype, contiguous
     segments: np.ndarray  # i32 [num_layers, num_modules, 4]: kind, a_chunk, b_chunk, rank
     max_rank: int
 
     @property
     def num_pages(self) -> int:
-        return int(self.pages.shape[1])
+        return int(self.pages.shape[0])
 
     @property
     def num_bytes(self) -> int:
@@ -80,7 +80,7 @@ class ScheduledBatch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one sampled position, after penalties and bias, before temperature."""
+    """The model's own log-probabilities at one sampled position: before penalties, bias, temperature."""
 
     token_id: int
     logprob: float

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -26,7 +26,14 @@ from sloraj.adapters.residency import Residency
 from sloraj.admission import make_sequences
 from sloraj.batch import Runner, ScheduledBatch, TokenLogprobs
 from sloraj.config import SchedulerConfig
-from sloraj.errors import EngineUnavailable, InternalError, InvalidRequest, QueueFull, SlorajError
+from sloraj.errors import (
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    QueueFull,
+    SlorajError,
+    from_wire,
+)
 from sloraj.messages import (
     Abort,
     Dead,
@@ -110,6 +117,30 @@ class EngineCore:
         """Queue a message for the next step. Thread-safe. After the end nothing is answered."""
         self._inbox.put(message)
 
+    def preload(self, adapters: Iterable[tuple[str, str]], report: Callable[[int], None]) -> None:
+        """Load (adapter_id, path) pairs before the loop runs; `report` gets the number done.
+
+        Raises what the first bad one is refused with.
+        """
+        loads = [
+            LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path)
+            for call_id, (adapter_id, path) in enumerate(adapters)
+        ]
+        for load in loads:
+            self.submit(load)
+        pending = {load.call_id for load in loads}
+        while pending:
+            self._wait(HEARTBEAT_S)
+            messages = self.step()
+            if self._is_stopped:
+                raise InternalError("the engine failed while it loaded adapters")
+            for message in messages:
+                if isinstance(message, Reply) and message.call_id in pending:
+                    if message.error is not None:
+                        raise from_wire(message.error)
+                    pending.remove(message.call_id)
+                    report(len(loads) - len(pending))
+
     # --- the loop ---
 
     @property
@@ -121,17 +152,18 @@ class EngineCore:
     def is_stopped(self) -> bool:
         return self._is_stopped
 
-    def run(self, emit: Callable[[FromEngine], None]) -> None:
+    def run(self, emit: Callable[[list[FromEngine]], None]) -> None:
         """Step until Shutdown or a fault (Dead comes last); block on the inbox while idle."""
         next_beat = self._clock()
         while not self._is_stopped:
             if self.is_idle:
                 self._wait(max(next_beat - self._clock(), 0.0))
-            for message in self.step():
-                emit(message)
+            messages = self.step()
             if self._clock() >= next_beat and not self._is_stopped:
                 next_beat = self._clock() + HEARTBEAT_S
-                emit(self.heartbeat())
+                messages.append(self.heartbeat())
+            if messages:
+                emit(messages)
 
     def heartbeat(self) -> Heartbeat:
         return Heartbeat(
@@ -368,7 +400,8 @@ class EngineCore:
     def _die(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         self._stop(InternalError(f"the engine failed: {reason}"))
-        self._outbox.append(Dead(reason=reason))
+        wire = error.to_wire() if isinstance(error, SlorajError) else None
+        self._outbox.append(Dead(reason=reason, error=wire))
 
     def check_integrity(self) -> None:
         """Raise InternalError unless pages, slots, rows, pins and leases all add up."""

@@ -18,7 +18,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 # --- to the engine ---------------------------------------------------------------------------------
 
 
-class Generate(_Message):
+class Generate(_Message, frozen=True):
     """Start a request. `params` holds the fields of SamplingParams; `params["seed"]` is resolved.
 
     `adapter_id` None is the base model. Failures come back as RequestFailed, never as an exception.
@@ -30,13 +30,13 @@ class Generate(_Message):
     adapter_id: str | None = None
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """Drop a request and free what it holds. Unknown ids are ignored: it may just have finished."""
 
     request_id: str
 
 
-class LoadAdapter(_Message):
+class LoadAdapter(_Message, frozen=True):
     """Read, validate and register an adapter. `replace` swaps the version behind a taken name."""
 
     call_id: int
@@ -46,28 +46,28 @@ class LoadAdapter(_Message):
     pinned: bool = False
 
 
-class UnloadAdapter(_Message):
+class UnloadAdapter(_Message, frozen=True):
     """Unregister, let running requests finish on their version, free, then reply."""
 
     call_id: int
     adapter_id: str
 
 
-class ListAdapters(_Message):
+class ListAdapters(_Message, frozen=True):
     call_id: int
 
 
-class GetStats(_Message):
+class GetStats(_Message, frozen=True):
     call_id: int
 
 
-class Drain(_Message):
+class Drain(_Message, frozen=True):
     """Accept no new request; reply when the last running one has finished."""
 
     call_id: int
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Stop now: fail what runs, release the device, end."""
 
 
@@ -77,7 +77,7 @@ ToEngine = Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetSt
 # --- from the engine -------------------------------------------------------------------------------
 
 
-class Progress(_Message):
+class Progress(_Message, frozen=True):
     """Start-up progress: stage is "weights", "compile" or "adapters"."""
 
     stage: str
@@ -85,13 +85,13 @@ class Progress(_Message):
     total: int
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """The engine accepts requests. `info` is what `ModelInfo` is made of."""
 
     info: dict[str, Any]
 
 
-class TokenOutput(_Message):
+class TokenOutput(_Message, frozen=True):
     """New tokens of one choice. The last one of a choice carries finish_reason "stop" or "length".
 
     `stop_token_id` is the token that ended it (it is not in token_ids). logprobs, where asked for, has one
@@ -108,14 +108,14 @@ class TokenOutput(_Message):
     adapter_version: str | None = None
 
 
-class RequestFailed(_Message):
+class RequestFailed(_Message, frozen=True):
     """The whole request is over. `error` is SlorajError.to_wire()."""
 
     request_id: str
     error: dict[str, Any]
 
 
-class Reply(_Message):
+class Reply(_Message, frozen=True):
     """Answer to the call of that id: `value`, or `error` (SlorajError.to_wire())."""
 
     call_id: int
@@ -123,7 +123,7 @@ class Reply(_Message):
     error: dict[str, Any] | None = None
 
 
-class Heartbeat(_Message):
+class Heartbeat(_Message, frozen=True):
     """Sent at least once a second while the loop turns, idle or not."""
 
     step: int
@@ -131,10 +131,14 @@ class Heartbeat(_Message):
     num_waiting: int
 
 
-class Dead(_Message):
-    """The engine cannot go on; every request is lost. Last message of all."""
+class Dead(_Message, frozen=True):
+    """The engine cannot go on; every request is lost. Last message of all.
+
+    `error` is SlorajError.to_wire() of what ended it, where that had a type.
+    """
 
     reason: str
+    error: dict[str, Any] | None = None
 
 
 FromEngine = Progress | Ready | TokenOutput | RequestFailed | Reply | Heartbeat | Dead

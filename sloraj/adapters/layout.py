@@ -111,7 +111,7 @@ def max_adapter_pages(layout: PoolLayout, config: ModelConfig, max_rank: int) ->
 def pack_adapter(
     weights: AdapterWeightsLike, layout: PoolLayout, config: ModelConfig
 ) -> PackedAdapter:
-    """Lay an adapter out for the pool: pages `[L, N, D * E]` in the pool dtype, and its segments.
+    """Lay an adapter out for the pool: pages `[N, L, D * E]` in the pool dtype, and its segments.
 
     `scaling` is multiplied into B in float32 before the one cast to the pool dtype; B is stored
     rank-major. Modules and layers that the adapter lacks have segments of kind 0.
@@ -137,9 +137,10 @@ def pack_adapter(
                 run = runs[layer, device]
                 _put_rows(run, a_chunk, _a_rows(module.a, split, device, tp))
                 _put_rows(run, b_chunk, _b_rows(b_rows, name, split, device, layout, config))
-    by_page = runs.reshape(layout.num_layers, tp, num_pages, layout.page_elems).swapaxes(1, 2)
-    pages = np.ascontiguousarray(by_page).reshape(
-        layout.num_layers, num_pages, tp * layout.page_elems
+    # Page-major, so that any run of pages is one contiguous block to send.
+    by_page = runs.reshape(layout.num_layers, tp, num_pages, layout.page_elems)
+    pages = np.ascontiguousarray(by_page.transpose(2, 0, 1, 3)).reshape(
+        num_pages, layout.num_layers, tp * layout.page_elems
     )
     return PackedAdapter(weights.version, pages, segments, weights.max_rank)
 

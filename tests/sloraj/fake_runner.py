@@ -33,7 +33,7 @@ BASE = 0  # what "lies in the pages" of the base model
 def packed_adapter(content: int, num_pages: int, max_rank: int = 8) -> PackedAdapter:
     """An adapter whose every page holds `content` and the page's place."""
     places = np.arange(num_pages, dtype=np.int64)
-    pages = (content * 1000 + places).reshape(1, num_pages, 1)
+    pages = (content * 1000 + places).reshape(num_pages, 1, 1)
     return PackedAdapter(f"v{content}", pages, np.zeros((1, 7, 4), np.int32), max_rank)
 
 
@@ -138,7 +138,7 @@ class FakeRunner:
         self.slots[install.slot] = _Slot(install.tag, install.pages)
         for page, place in zip(install.pages, range(install.packed.num_pages), strict=True):
             self._take_page(page, install.tag)
-            self.cells[page][0] = int(install.packed.pages[0, place, 0])
+            self.cells[page][0] = int(install.packed.pages[place, 0, 0])
 
     def _take_page(self, page: int, tag: int) -> None:
         self._require(page != 0, "the null page was handed out")
