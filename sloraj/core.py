@@ -122,20 +122,24 @@ class EngineCore:
 
         Raises what the first bad one is refused with.
         """
-        pending = {
-            call_id: LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path)
+        loads = [
+            LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path)
             for call_id, (adapter_id, path) in enumerate(adapters)
-        }
-        total = len(pending)
-        for message in pending.values():
-            self.submit(message)
+        ]
+        for load in loads:
+            self.submit(load)
+        pending = {load.call_id for load in loads}
         while pending:
             self._wait(HEARTBEAT_S)
-            for message in self.step():
-                if isinstance(message, Reply) and pending.pop(message.call_id, None):
+            messages = self.step()
+            if self._is_stopped:
+                raise InternalError("the engine failed while it loaded adapters")
+            for message in messages:
+                if isinstance(message, Reply) and message.call_id in pending:
                     if message.error is not None:
                         raise from_wire(message.error)
-                    report(total - len(pending))
+                    pending.remove(message.call_id)
+                    report(len(loads) - len(pending))
 
     # --- the loop ---
 
@@ -396,7 +400,8 @@ class EngineCore:
     def _die(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         self._stop(InternalError(f"the engine failed: {reason}"))
-        self._outbox.append(Dead(reason=reason))
+        wire = error.to_wire() if isinstance(error, SlorajError) else None
+        self._outbox.append(Dead(reason=reason, error=wire))
 
     def check_integrity(self) -> None:
         """Raise InternalError unless pages, slots, rows, pins and leases all add up."""

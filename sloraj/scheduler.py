@@ -72,7 +72,6 @@ class _Plan:
     chunks: list[_Chunk] = dataclasses.field(default_factory=list)
     installs: list[AdapterInstall] = dataclasses.field(default_factory=list)
     num_install_pages: int = 0
-    has_preempted: bool = False
 
     def add(self, chunk: _Chunk) -> None:
         self.chunks.append(chunk)
@@ -133,8 +132,7 @@ class Scheduler:
         if not self._plan_running(plan):
             self._roll_back(plan)
             return NEEDS_DRAIN
-        if not plan.has_preempted:
-            self._plan_waiting(plan)
+        self._plan_waiting(plan)
         return self._commit(plan) if plan.chunks else None
 
     def _plan_running(self, plan: _Plan) -> bool:
@@ -151,13 +149,13 @@ class Scheduler:
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
             first_new_page = len(sequence.pages)
-            if not self._extend(sequence, sequence.num_computed_tokens + num_tokens, plan):
+            if not self._extend(sequence, sequence.num_computed_tokens + num_tokens):
                 return False
             if sequence.state is SequenceState.RUNNING:
                 plan.add(_Chunk(sequence, num_tokens, first_new_page, is_reset=False))
         return True
 
-    def _extend(self, sequence: Sequence, num_tokens: int, plan: _Plan) -> bool:
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for the first `num_tokens` tokens; the newest sequences, or it, may have to go."""
         missing = self.num_pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
@@ -167,7 +165,6 @@ class Scheduler:
                 return False
             victim = self._running[-1]
             self._preempt(victim)
-            plan.has_preempted = True
             if victim is sequence:
                 return True  # all others are older, and keep what they have
         sequence.pages += self._allocate(sequence, missing)
@@ -279,7 +276,10 @@ class Scheduler:
         return pages
 
     def _preempt(self, victim: Sequence) -> None:
-        """Back to the head of the queue, with nothing; only while no step is enqueued."""
+        """Back to the head of the queue, with nothing; only while no step is enqueued.
+
+        It cannot come back in the same pass: at least one of its pages has gone to an older one.
+        """
         self._vacate(victim)
         victim.state = SequenceState.WAITING
         victim.num_computed_tokens = 0

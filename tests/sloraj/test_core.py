@@ -12,12 +12,14 @@ import pytest
 
 from sloraj.core import EngineCore
 from sloraj.errors import (
+    AdapterLoadError,
     ContextTooLong,
     EngineUnavailable,
     InternalError,
     InvalidRequest,
     QueueFull,
     SlorajError,
+    from_wire,
 )
 from sloraj.messages import (
     Dead,
@@ -240,6 +242,9 @@ def test_an_owner_violation_on_the_device_ends_the_core() -> None:
     driver.core._enqueued = driver.runner.handles[0]
     driver.step()
     assert driver.death == "InternalError: 1 rows would have read another's pages"
+    dead = driver.messages[-1]
+    assert isinstance(dead, Dead) and dead.error is not None
+    assert isinstance(from_wire(dead.error), InternalError)
 
 
 def test_a_request_id_in_use_is_refused() -> None:
@@ -266,11 +271,29 @@ def test_stats_count_what_happened() -> None:
     assert stats["runner"] == {"violations": 0}
 
 
+def test_preload_reports_each_adapter_and_raises_for_the_first_bad_one() -> None:
+    driver = CoreDriver()
+    core = EngineCore(driver.config, driver.runner, load_from_path)  # with threads of its own
+    done: list[int] = []
+    core.preload([("a", "1:3"), ("b", "2:3"), ("c", "1:3")], done.append)
+    assert done == [1, 2, 3]
+    assert core.stats()["num_adapters"] == 3
+    with pytest.raises(AdapterLoadError, match="bad path"):
+        core.preload([("d", "nonsense")], done.append)
+    core.submit(Shutdown())
+    core.step()
+
+
 def test_the_loop_blocks_while_idle_beats_and_ends_on_shutdown() -> None:
     driver = CoreDriver()
     core = EngineCore(driver.config, driver.runner, load_from_path)
     heard: queue.SimpleQueue[FromEngine] = queue.SimpleQueue()
-    thread = threading.Thread(target=core.run, args=(heard.put,))
+
+    def emit(messages: list[FromEngine]) -> None:
+        for message in messages:
+            heard.put(message)
+
+    thread = threading.Thread(target=core.run, args=(emit,))
     thread.start()
     assert isinstance(heard.get(timeout=10), Heartbeat)
     core.submit(LoadAdapter(call_id=1, adapter_id="a", path="1:3"))

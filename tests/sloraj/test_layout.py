@@ -83,7 +83,7 @@ def unpack(
         for i in range(size):
             c = chunk + i // 128
             page, place = c // layout.chunks_per_page, (c % layout.chunks_per_page) * 128 + i % 128
-            values.append(packed.pages[layer, page, device * layout.page_elems + place])
+            values.append(packed.pages[page, layer, device * layout.page_elems + place])
         return np.asarray(values)
 
     for layer in range(config.num_layers):
@@ -125,8 +125,8 @@ def test_unpacking_gives_back_a_and_scaled_b(tp: int, dtype: str) -> None:
     numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     assert packed.pages.dtype == numpy_dtype
     assert packed.pages.shape == (
-        3,
         num_adapter_pages(ranks, layout, config),
+        3,
         tp * layout.page_elems,
     )
     assert (packed.version_id, packed.max_rank) == ("some-hash", 9)
@@ -157,8 +157,8 @@ def test_kv_heads_fewer_than_devices_are_repeated() -> None:
     config = model_config()  # 2 kv heads
     layout = pool_layout(config, tp=4)
     packed = pack_adapter(random_weights(config, {(0, "k_proj"): 4}), layout, config)
-    by_device = packed.pages.reshape(3, packed.num_pages, 4, layout.page_elems).swapaxes(1, 2)
-    runs = by_device.reshape(3, 4, -1)
+    by_device = packed.pages.reshape(packed.num_pages, 3, 4, layout.page_elems)
+    runs = by_device.transpose(1, 2, 0, 3).reshape(3, 4, -1)
     b_start = int(packed.segments[0, 1, 2]) * 128
     np.testing.assert_array_equal(runs[0, 0, b_start:], runs[0, 1, b_start:])
     np.testing.assert_array_equal(runs[0, 2, b_start:], runs[0, 3, b_start:])

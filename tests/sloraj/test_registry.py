@@ -207,3 +207,20 @@ def test_a_listed_adapter_tells_where_it_is_and_who_holds_it() -> None:
         "num_bytes": 24, "state": "on_device", "pinned": True, "num_leases": 1,
     }  # fmt: skip
     assert (second["state"], second["pinned"], second["num_leases"]) == ("on_host", False, 0)
+
+
+def test_unloading_the_name_that_pinned_a_version_leaves_it_evictable_as_any_other() -> None:
+    driver = CoreDriver(num_pages=13, max_model_len=40)
+    driver.loaded("a", "1:4", pinned=True)
+    driver.loaded("b", "1:4")
+    driver.loaded("c", "2:4")
+    for name in ("b", "c", "c", "c"):
+        driver.generate([1], name, max_tokens=2)
+        driver.run()
+    call_id = driver.unload("a")
+    driver.step()
+    assert driver.replies[call_id] is None
+    driver.generate([1] * 30, max_tokens=2)  # 8 pages, 4 are free
+    driver.run()
+    states = {info["adapter_id"]: info["state"] for info in driver.ask(ListAdapters)}
+    assert states == {"b": "on_host", "c": "on_device"}

@@ -167,12 +167,27 @@ def test_a_preempted_sequence_computes_all_its_tokens_again_in_a_fresh_row() -> 
 
 def test_none_is_admitted_into_the_pages_that_running_sequences_need_next() -> None:
     hand = ByHand(num_pages=4, page_size=4)  # 3 usable
-    hand.add(8)
-    hand.read(hand.schedule())  # 2 pages, full: the next token takes the third
+    old = hand.add(7)
+    hand.read(hand.schedule())  # 2 pages; the token after the next takes the third
     hand.add(2)
-    batch = hand.schedule()
-    assert len(batch.rows) == 1
+    for _ in range(3):
+        batch = hand.schedule()
+        assert [row.sequence for row in batch.rows] == [old]
+        hand.read(batch)
+    assert len(old.pages) == 3
     assert hand.scheduler.num_preemptions == 0
+
+
+def test_a_long_prompt_takes_no_token_from_those_that_decode() -> None:
+    hand = ByHand(max_num_batched_tokens=8, num_pages=60)
+    first = hand.add(3)
+    hand.read(hand.schedule())
+    second = hand.add(30)
+    for step in range(4):
+        batch = hand.schedule()
+        rows = [(row.sequence, row.start, row.num_tokens) for row in batch.rows]
+        assert rows == [(first, 3 + step, 1), (second, 7 * step, 7)]
+        hand.read(batch)
 
 
 def test_the_newest_gives_way_and_the_oldest_never_does() -> None:
@@ -246,6 +261,7 @@ def test_installs_of_one_step_stay_within_their_bound_but_one_always_goes() -> N
     driver.run()
     installed = [[len(i.pages) for i in b.installs] for b in driver.runner.batches]
     assert [pages for pages in installed if pages] == [[9], [3, 3], [4]]
+    assert len(driver.runner.batches[0].rows) == 2  # what is resident needs no install
     for content, request_id in zip((1, 1, 2, 3, 2, 4), ids, strict=True):
         driver.expect(request_id, [5], content, max_tokens=3)
 
