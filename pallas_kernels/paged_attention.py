@@ -11,35 +11,62 @@ import jax.numpy as jnp
 
 from pallas_kernels import decode_attention_triton as decode_triton
 from pallas_kernels import ragged_attention_triton as ragged_triton
+from pallas_kernels.attention_blocks import LOWEST
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.tiles import QueryTiles
 
+BLOCK_KV = 128  # positions that the references look at in a step
+
 
 def _attend(
-    q: jax.Array, kv: jax.Array, position: jax.Array, length: jax.Array, window: jax.Array
+    q: jax.Array,
+    kv_pages: jax.Array,
+    pages: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    window: jax.Array,
 ) -> jax.Array:
-    """Softmax attention of one sequence in f32; a query that sees no key gets zeros.
+    """Softmax attention of B sequences in f32; a query that sees no key gets zeros.
 
-    Args: q: f32 `[Q, K, G, H]`, scaled. kv: `[pages, 2, K, page_size, H]`. position: i32 `[Q]`,
-          of each query. length: i32 scalar, written positions. window: i32 scalar.
+    The softmax runs over blocks of positions, so that the cost follows the longest sequence and
+    not the width of the page table.
+
+    Args: q: f32 `[B, Q, K, G, H]`, scaled; G query heads share a kv head. kv_pages:
+          `[num_pages, 2, K, page_size, H]`. pages: i32 `[B, pages_per_row]`. positions: i32
+          `[B, Q]`, of the queries. lengths: i32 `[B]`, written positions. window: i32 scalar.
     """
-    num_pages, _, num_kv_heads, page_size, head_dim = kv.shape
-    kv = kv.astype(jnp.float32).transpose(1, 2, 0, 3, 4)
-    keys, values = kv.reshape(2, num_kv_heads, num_pages * page_size, head_dim)
-    place = jnp.arange(num_pages * page_size, dtype=jnp.int32)
-    # past the sequence lies another's leftover; were it NaN, a zero weight would not cancel it
-    values = jnp.where((place < length)[None, :, None], values, 0.0)
-    distance = position[:, None] - place[None, :]
-    visible = (distance >= 0) & (distance < window) & (place < length)[None, :]
-    visible = visible[:, None, None, :]
+    _, _, num_kv_heads, page_size, head_dim = kv_pages.shape
+    block_pages = min(pages.shape[1], max(1, BLOCK_KV // page_size))
+    block_kv = block_pages * page_size
 
-    scores = jnp.einsum("qkgh,ksh->qkgs", q, keys, precision="highest")
-    scores = jnp.where(visible, scores, -jnp.inf)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
-    total = jnp.sum(weights, axis=-1)[..., None]
-    out = jnp.einsum("qkgs,ksh->qkgh", weights, values, precision="highest")
-    return jnp.where(total > 0, out / total, 0.0)
+    def add_block(block: jax.Array, seen: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, highest, total = seen
+        column = block * block_pages + jnp.arange(block_pages, dtype=jnp.int32)
+        kv = kv_pages[pages.at[:, column].get(mode="fill", fill_value=0)].astype(jnp.float32)
+        kv = kv.transpose(2, 0, 3, 1, 4, 5).reshape(2, -1, num_kv_heads, block_kv, head_dim)
+        place = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+        written = place[None, :] < lengths[:, None]
+        # past the sequence lies another's leftover; were it NaN, a zero weight would not cancel it
+        values = jnp.where(written[:, None, :, None], kv[1], 0.0)
+        distance = positions[:, :, None] - place[None, None, :]
+        visible = (distance >= 0) & (distance < window) & written[:, None, :]
+        visible = visible[:, :, None, None, :]
+
+        scores = jnp.einsum("bqkgh,bksh->bqkgs", q, kv[0], precision="highest")
+        scores = jnp.where(visible, scores, LOWEST)
+        new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        weights = jnp.where(visible, jnp.exp(scores - new_highest[..., None]), 0.0)
+        kept = jnp.exp(highest - new_highest)
+        new = jnp.einsum("bqkgs,bksh->bqkgh", weights, values, precision="highest")
+        out = out * kept[..., None] + new
+        return out, new_highest, total * kept + jnp.sum(weights, axis=-1)
+
+    highest = jnp.full(q.shape[:-1], LOWEST, jnp.float32)
+    nothing = (jnp.zeros_like(q), highest, jnp.zeros_like(highest))
+    num_blocks = (jnp.max(lengths) + block_kv - 1) // block_kv
+    out, _, total = jax.lax.fori_loop(0, num_blocks, add_block, nothing)
+    total = total[..., None]
+    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
 
 
 def _as_kv_pages(pool: jax.Array, num_kv_heads: int, page_size: int, head_dim: int) -> jax.Array:
@@ -65,12 +92,15 @@ def paged_decode_attention_reference(
     page_size: int,
     scale: float,
 ) -> jax.Array:
-    """The specification of `paged_decode_attention`: all rows at once, whole page tables."""
-    kv_pages = _as_kv_pages(pool, num_kv_heads, page_size, q.shape[2])
-    grouped = _grouped_queries(q, num_kv_heads, scale)[:, None]
-    positions = (lengths - 1)[:, None]
-    kv = kv_pages[page_table[rows]]
-    out = jax.vmap(_attend, in_axes=(0, 0, 0, 0, None))(grouped, kv, positions, lengths, window)
+    """The specification of `paged_decode_attention`: all rows at once."""
+    out = _attend(
+        _grouped_queries(q, num_kv_heads, scale)[:, None],
+        _as_kv_pages(pool, num_kv_heads, page_size, q.shape[2]),
+        page_table[rows],
+        (lengths - 1)[:, None],
+        lengths,
+        window,
+    )
     return out.reshape(q.shape).astype(q.dtype)
 
 
@@ -85,7 +115,7 @@ def paged_ragged_attention_reference(
     page_size: int,
     scale: float,
 ) -> jax.Array:
-    """The specification of `paged_ragged_attention`: tile by tile, the row's whole page table."""
+    """The specification of `paged_ragged_attention`: tile by tile."""
     num_tokens, num_heads, head_dim = q.shape
     kv_pages = _as_kv_pages(pool, num_kv_heads, page_size, head_dim)
     grouped = _grouped_queries(q, num_kv_heads, scale)
@@ -94,10 +124,11 @@ def paged_ragged_attention_reference(
     def attend_tile(tile: jax.Array, out: jax.Array) -> jax.Array:
         tokens = jnp.where(place < tiles.q_len[tile], tiles.q_start[tile] + place, num_tokens)
         attended = _attend(
-            grouped.at[tokens].get(mode="fill", fill_value=0),
-            kv_pages[page_table[tiles.row[tile]]],
-            tiles.position[tile] + place,
-            tiles.position[tile] + tiles.q_len[tile],
+            grouped.at[tokens].get(mode="fill", fill_value=0)[None],
+            kv_pages,
+            page_table[tiles.row[tile]][None],
+            (tiles.position[tile] + place)[None],
+            (tiles.position[tile] + tiles.q_len[tile])[None],
             window,
         )
         attended = attended.reshape(tiles.block_q, num_heads, head_dim).astype(q.dtype)
