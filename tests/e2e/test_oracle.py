@@ -32,7 +32,11 @@ def chunks(length: int, rng: random.Random) -> list[int]:
 
 
 def check_rows(
-    driver: Driver, rows: list[tuple[list[int], int, np.ndarray]], rng: random.Random
+    driver: Driver,
+    rows: list[tuple[list[int], int, np.ndarray]],
+    rng: random.Random,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Drive (tokens, slot, expected logits [T, V]) rows together; compare after every chunk."""
     live = []
@@ -44,7 +48,7 @@ def check_rows(
         for (sequence, _, expected), (logits, _) in zip(live, driver.step(work), strict=True):
             wanted = expected[sequence.num_computed_tokens - 1]
             error = relative_error(logits[None], wanted[None])
-            assert error < TOLERANCE, (sequence.slot, sequence.num_computed_tokens, error)
+            assert error < tolerance, (sequence.slot, sequence.num_computed_tokens, error)
             compared += 1
         live = [item for item in live if item[1]]
     assert compared > len(rows)
