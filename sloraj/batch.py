@@ -1,7 +1,7 @@
 """Plain values between the scheduler, which makes them, and the runner, which executes them.
 
-Order of effects within one step: installs, then row resets, then page appends, then the forward pass
-over all rows, then sampling for the rows that ask for it.
+Order of effects within one step: installs, then row resets, then page appends, then the forward
+pass over all rows, then sampling for the rows that ask for it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class AdapterInstall:
 class ScheduledRow:
     """`num_tokens` tokens of one sequence, from position `start`, computed in this step.
 
-    Token ids at positions the host does not know yet (at most the last one) come from the row's device
-    state. `sequence.pages[first_new_page:]` are new to the device in this step.
+    Token ids at positions the host does not know yet (at most the last one) come from the row's
+    device state. `sequence.pages[first_new_page:]` are new to the device in this step.
     """
 
     sequence: Sequence
@@ -80,7 +80,9 @@ class ScheduledBatch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The model's own log-probabilities at one sampled position: before penalties, bias, temperature."""
+    """The model's own log-probabilities at one sampled position: before penalties, bias,
+    temperature.
+    """
 
     token_id: int
     logprob: float

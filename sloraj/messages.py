@@ -1,7 +1,8 @@
 """The engine boundary: what a frontend sends to the engine core, and what comes back.
 
-Plain tagged structs, encoded with msgpack when the core runs in its own process and passed as they are
-when it runs in a thread. Nothing here refers to text: tokenizing and detokenizing happen in front.
+Plain tagged structs, encoded with msgpack when the core runs in its own process and passed as they
+are when it runs in a thread. Nothing here refers to text: tokenizing and detokenizing happen in
+front.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-# --- to the engine ---------------------------------------------------------------------------------
+# --- to the engine
+# ---------------------------------------------------------------------------------
 
 
 class Generate(_Message, frozen=True):
@@ -71,10 +73,13 @@ class Shutdown(_Message, frozen=True):
     """Stop now: fail what runs, release the device, end."""
 
 
-ToEngine = Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetStats | Drain | Shutdown
+ToEngine = (
+    Generate | Abort | LoadAdapter | UnloadAdapter | ListAdapters | GetStats | Drain | Shutdown
+)
 
 
-# --- from the engine -------------------------------------------------------------------------------
+# --- from the engine
+# -------------------------------------------------------------------------------
 
 
 class Progress(_Message, frozen=True):
@@ -94,8 +99,8 @@ class Ready(_Message, frozen=True):
 class TokenOutput(_Message, frozen=True):
     """New tokens of one choice. The last one of a choice carries finish_reason "stop" or "length".
 
-    `stop_token_id` is the token that ended it (it is not in token_ids). logprobs, where asked for, has one
-    entry a token: [token_id, logprob, [[token_id, logprob], ...]].
+    `stop_token_id` is the token that ended it (it is not in token_ids). logprobs, where asked for,
+    has one entry a token: [token_id, logprob, [[token_id, logprob], ...]].
     """
 
     request_id: str
