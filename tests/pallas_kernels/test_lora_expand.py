@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,13 @@ from tests.pallas_kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "triton"]
 MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
+
+
+@functools.cache
+def compiled(**keywords: Any) -> Any:
+    """The op with these keywords; cases of one shape share its compilation."""
+    interpret = keywords["implementation"] == "triton"
+    return jax.jit(functools.partial(lora_expand, interpret=interpret, **keywords))
 
 
 def expand(
@@ -41,18 +49,7 @@ def expand(
             rank = case.ranks.get(int(slot), {}).get(module, 0)
             v[row, place, :rank] = rng.normal(size=rank)
 
-    @jax.jit
-    def run(
-        y: Any, v: Any, pool: Any, pages: Any, segments: Any, layer: Any, tiles: Any, column: Any
-    ) -> Any:
-        return lora_expand(
-            *(y, v, pool, pages, segments, layer, tiles, column),
-            modules=modules,
-            out_sizes=sizes,
-            interpret=keywords["implementation"] == "triton",
-            **keywords,
-        )
-
+    run = compiled(modules=modules, out_sizes=sizes, **keywords)
     adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
     y = run(base, v, *adapters, np.int32(column_offset))
     assert y.dtype == base.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,19 +21,22 @@ MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32
 OUT = {module: 72 for module in range(7)}
 
 
-def shrink(case: LoraCase, *, modules: tuple[int, ...], num_rows: int, **keywords: Any) -> Any:
-    keywords.setdefault("rank_split", 1)
+@functools.cache
+def compiled(**keywords: Any) -> Any:
+    """The op with these keywords; cases of one shape share its compilation."""
+    interpret = keywords["implementation"] == "triton"
+    return jax.jit(functools.partial(lora_shrink, interpret=interpret, **keywords))
 
-    @jax.jit
-    def run(x: Any, pool: Any, slot_pages: Any, segments: Any, layer: Any, tiles: Any) -> Any:
-        return lora_shrink(
-            *(x, pool, slot_pages, segments, layer, tiles),
-            modules=modules,
-            num_rows=num_rows,
-            interpret=keywords["implementation"] == "triton",
-            **keywords,
-        )
 
+def shrink(
+    case: LoraCase,
+    *,
+    modules: tuple[int, ...],
+    num_rows: int,
+    rank_split: int = 1,
+    **keywords: Any,
+) -> Any:
+    run = compiled(modules=modules, num_rows=num_rows, rank_split=rank_split, **keywords)
     v = run(case.x, case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
     assert v.shape == (case.x.shape[0], len(modules), num_rows)
     assert v.dtype == jnp.float32

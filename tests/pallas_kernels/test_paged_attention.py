@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -26,20 +27,22 @@ GEOMETRIES = [
 ]
 
 
+@functools.cache
+def compiled(op: Any, **keywords: Any) -> Any:
+    """The op with these keywords; cases of one shape share its compilation."""
+    interpret = keywords["implementation"] == "triton"
+    return jax.jit(functools.partial(op, scale=0.125, interpret=interpret, **keywords))
+
+
 def decode(
     contexts: PagedContexts, q: Any, rows: Any, lengths: Any, window: int, **keywords: Any
 ) -> np.ndarray:
-    @jax.jit
-    def run(*arrays: Any) -> Any:
-        return paged_decode_attention(
-            *arrays,
-            num_kv_heads=contexts.keys[0].shape[1],
-            page_size=contexts.page_size,
-            scale=0.125,
-            interpret=keywords["implementation"] == "triton",
-            **keywords,
-        )
-
+    run = compiled(
+        paged_decode_attention,
+        num_kv_heads=contexts.keys[0].shape[1],
+        page_size=contexts.page_size,
+        **keywords,
+    )
     index = (np.asarray(rows, np.int32), np.asarray(lengths, np.int32), np.int32(window))
     out = run(q, contexts.pool, contexts.page_table, *index)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
@@ -47,17 +50,12 @@ def decode(
 
 
 def ragged(contexts: PagedContexts, q: Any, tiles: Any, window: int, **keywords: Any) -> np.ndarray:
-    @jax.jit
-    def run(*arrays: Any) -> Any:
-        return paged_ragged_attention(
-            *arrays,
-            num_kv_heads=contexts.keys[0].shape[1],
-            page_size=contexts.page_size,
-            scale=0.125,
-            interpret=keywords["implementation"] == "triton",
-            **keywords,
-        )
-
+    run = compiled(
+        paged_ragged_attention,
+        num_kv_heads=contexts.keys[0].shape[1],
+        page_size=contexts.page_size,
+        **keywords,
+    )
     out = run(q, contexts.pool, contexts.page_table, tiles, np.int32(window))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     return np.asarray(out)
