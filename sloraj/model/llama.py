@@ -244,7 +244,7 @@ class Ends(_Parameters):
 
     def embed_tokens(self, token_ids: jax.Array, spec: StepSpec) -> jax.Array:
         """Vocabulary-sharded lookup, `[T]` -> `[T, D]`: one all-reduce under tensor parallelism."""
-        table = self.embed[...]
+        table: jax.Array = self.embed[...]
         if spec.tp == 1:
             return table[token_ids]
         local = token_ids - device_index(spec.tp) * table.shape[0]
@@ -276,10 +276,12 @@ class Model:
     ends_graph: nnx.GraphDef[Ends]
 
     def layer(self, leaves: dict[str, jax.Array]) -> DecoderLayer:
-        return nnx.merge(self.layer_graph, _state(leaves))
+        layer: DecoderLayer = nnx.merge(self.layer_graph, _state(leaves))
+        return layer
 
     def ends(self, leaves: dict[str, jax.Array]) -> Ends:
-        return nnx.merge(self.ends_graph, _state(leaves))
+        ends: Ends = nnx.merge(self.ends_graph, _state(leaves))
+        return ends
 
 
 def _state(leaves: dict[str, jax.Array]) -> nnx.State:

@@ -48,7 +48,8 @@ def _load(
 ) -> Leaves:
     leaves = {name: _load_one(source, rule, mesh, dtype) for name, rule in rules.items()}
     # The mapped file's pages must stay readable until every copy has been made.
-    return jax.block_until_ready(leaves)
+    jax.block_until_ready(leaves)
+    return leaves
 
 
 def _load_one(source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
@@ -123,8 +124,9 @@ def random_parameters(
 
     @functools.partial(jax.jit, static_argnames=("shape", "sharding"))
     def normal(key: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-        wide = jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
-        return jax.lax.with_sharding_constraint(wide, sharding)
+        drawn = jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+        placed: jax.Array = jax.lax.with_sharding_constraint(drawn, sharding)
+        return placed
 
     key = jax.random.key(seed)
     flat = {}

@@ -34,10 +34,10 @@ class CompileCounter:
     def close(self) -> None:
         self._is_closed = True
 
-    def _on_event(self, event: str, duration_s: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event != _EVENT or self._is_closed:
             return
-        self.seconds += duration_s
+        self.seconds += duration_secs
         if self._is_ready:
             self.num_after_ready += 1
         else:

@@ -68,8 +68,10 @@ def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
             violations=violations,
         )
 
+    pool_spec: Any = POOL_SPEC  # specs stand where the arrays will
+    whole: Any = WHOLE
     state_spec = ForwardState(
-        pools=[POOL_SPEC] * len(model.layer_rules), page_table=WHOLE, owners=WHOLE
+        pools=[pool_spec] * len(model.layer_rules), page_table=whole, owners=whole
     )
     sharded = jax.shard_map(
         step,

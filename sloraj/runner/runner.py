@@ -158,6 +158,7 @@ class DeviceRunner:
     def _run_forward(self, bucket: Bucket, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
         buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        logits: StepLogits
         self._state, logits = self._programs["forward", bucket.name](
             self._ends,
             self._layers,
