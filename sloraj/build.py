@@ -53,6 +53,7 @@ MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
 DEFAULT_MAX_RANK, MAX_RANK = 64, 256
+DEFAULT_CACHE_DIR = Path.home() / ".cache" / "sloraj" / "jax"
 BLOCK_Q = {"xla": 16, "triton": 64}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
@@ -95,10 +96,17 @@ def build_core(
 
 
 def prepare_jax(config: EngineConfig) -> None:
-    """Settings that must precede the first use of a device."""
+    """Settings that must precede the first use of a device; the environment's own win.
+
+    Compiled programs are kept on disk unless `compilation_cache_dir` is empty: compiling is what a
+    start on a GPU waits for.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if config.compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    directory = config.compilation_cache_dir
+    if directory is None:
+        directory = jax.config.jax_compilation_cache_dir or str(DEFAULT_CACHE_DIR)
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -36,7 +36,7 @@ class EngineConfig:
     host_adapter_bytes: int | None = None  # None: no limit
     kernels: str | None = None  # "xla", "triton"; None: triton on a GPU, xla on CPU
     checked: bool = False  # compare page owner tags in every step
-    compilation_cache_dir: str | None = None
+    compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
     random_weights: bool = False  # benchmarks: only config.json is read
     seed: int = 0
 
