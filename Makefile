@@ -8,20 +8,18 @@ ADAPTERS ?= $(if $(filter checkpoints/demo/model,$(MODEL)),checkpoints/demo/adap
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
-# The demo is tiny: fewer and smaller programs, compiled sooner.
-SMALL = $(if $(filter checkpoints/demo/model,$(MODEL)),--max-num-seqs 16 --max-num-batched-tokens 128)
 TRY = $(if $(filter checkpoints/demo/model,$(MODEL)),{"model": "shift-3"$(,) "prompt": "hello world =>"$(,) "temperature": 0},{"prompt": "Hello"})
 , := ,
 
 ENSURE = bash .ci/ensure "$(VENV)" "$(PYTHON)"
 
-.PHONY: serve test check types test-gpu test-oracle fmt bench
+.PHONY: serve test check test-gpu test-oracle fmt bench
 
 serve:  ## serve a model and its adapters; without variables, the demo
 	@$(ENSURE) $$(bash .ci/cuda_extra)
 	@echo "Once it is ready, try:"
 	@echo "  curl -s http://$(HOST):$(PORT)/v1/completions -H 'Content-Type: application/json' -d '$(subst ",\",$(TRY))'"
-	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") --host "$(HOST)" --port "$(PORT)" $(SMALL) $(ARGS)
+	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
 test: check  ## everything that needs no GPU
 	JAX_PLATFORMS=cpu $(PY) -m pytest -q $(ARGS)

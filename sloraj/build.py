@@ -29,7 +29,7 @@ from pallas_kernels.dispatch import resolve_implementation
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
 from sloraj.batch import PackedAdapter
-from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil
+from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
 from sloraj.core import EngineCore
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
@@ -74,13 +74,13 @@ def build_core(
     model_config = read_model_config(config.model)
     check_divisible(model_config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
-    dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    ends, layers = _load(config, model_config, mesh, dtype, on_progress)
+    config = resolve(config, jax.default_backend())
+    ends, layers = _load(config, model_config, mesh, on_progress)
     loaded_s = time.monotonic() - started
     adapters = find_adapters(config)
     runner, scheduler_config, layout, info = build_runner(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
-        model_config, mesh, dtype, ends, layers, on_progress,
+        model_config, mesh, ends, layers, on_progress,
     )  # fmt: skip
     load = (make_loader or adapter_loader)(model_config, layout, scheduler_config.max_rank)
     core = EngineCore(scheduler_config, runner, load)
@@ -104,7 +104,7 @@ def prepare_jax(config: EngineConfig) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     directory = config.compilation_cache_dir
     if directory is None:
-        directory = jax.config.jax_compilation_cache_dir or str(DEFAULT_CACHE_DIR)
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(DEFAULT_CACHE_DIR))
     if directory:
         jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -151,9 +151,10 @@ def largest_rank(adapters: list[tuple[str, str]]) -> int:
 
 
 def _load(
-    config: EngineConfig, model: ModelConfig, mesh: Mesh, dtype: str, on_progress: Progress
+    config: EngineConfig, model: ModelConfig, mesh: Mesh, on_progress: Progress
 ) -> tuple[Leaves, list[Leaves]]:
-    jnp_dtype = jnp.dtype(dtype)
+    assert config.dtype is not None
+    jnp_dtype = jnp.dtype(config.dtype)
     if config.random_weights:
         return random_parameters(model, mesh, jnp_dtype, config.seed)
     if is_converted(config.model):
@@ -168,12 +169,14 @@ def build_runner(
     config: EngineConfig,
     model_config: ModelConfig,
     mesh: Mesh,
-    dtype: str,
     ends: Leaves,
     layers: list[Leaves],
     on_progress: Progress,
 ) -> tuple[DeviceRunner, SchedulerConfig, PoolLayout, dict[str, Any]]:
-    """The runner, warm, with the numbers that the host side runs on."""
+    """The runner, warm, with the numbers that the host side runs on. `config` is resolved."""
+    dtype, max_num_seqs = config.dtype, config.max_num_seqs
+    max_num_batched_tokens = config.max_num_batched_tokens
+    assert dtype is not None and max_num_seqs is not None and max_num_batched_tokens is not None
     tp = mesh.size
     device = mesh.devices.flat[0]
     try:
@@ -195,9 +198,7 @@ def build_runner(
     adapter_pages = max_adapter_pages(layout, model_config, max_rank)
     plan = _plan(config, model_config, layout, device, max_model_len, adapter_pages)
     log.info("%s", plan)
-    buckets = make_buckets(
-        config.max_num_seqs, config.max_num_batched_tokens, config.page_size, BLOCK_Q[kernels]
-    )
+    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
     model = _abstract(model_config, tp, config.page_size, max_rank, kernels, dtype)
     runner = DeviceRunner(
         model,
@@ -208,7 +209,7 @@ def build_runner(
         RunnerConfig(
             layout=layout,
             num_pages=plan.num_pages,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_adapter_slots=config.max_adapter_slots,
             max_adapter_pages=adapter_pages,
@@ -222,8 +223,8 @@ def build_runner(
         num_pages=plan.num_pages,
         page_size=config.page_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_adapter_slots=config.max_adapter_slots,
         max_num_waiting=config.max_num_waiting,
         max_rank=max_rank,
@@ -280,11 +281,11 @@ def _plan(
 
 def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayout) -> int:
     """What the largest programs hold at once: activations, f32 logits and their filtered copies."""
-    activations = config.max_num_batched_tokens * (
-        8 * model.hidden_size + 4 * model.intermediate_size // layout.tp
-    )
-    logits = config.max_num_seqs * model.vocab_size
-    counts = (config.max_num_seqs + 1) * model.vocab_size
+    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    assert rows is not None and tokens is not None
+    activations = tokens * (8 * model.hidden_size + 4 * model.intermediate_size // layout.tp)
+    logits = rows * model.vocab_size
+    counts = (rows + 1) * model.vocab_size
     return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
 
 

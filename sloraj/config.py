@@ -28,8 +28,8 @@ class EngineConfig:
     page_size: int = 16  # tokens a KV page
     pool_bytes: int | None = None  # per device; None: what is left on a GPU, 256 MiB on CPU
     max_model_len: int | None = None  # None: the model's, bounded by the pool
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int | None = None  # None: 256 on a GPU, 16 on CPU
+    max_num_batched_tokens: int | None = None  # a step; None: 2048 on a GPU, 128 on CPU
     max_rank: int | None = None  # None: the largest rank among the adapters given, at least 64
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
@@ -42,15 +42,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "page_size", "max_num_seqs", "max_num_batched_tokens",
-                     "max_adapter_slots", "max_num_waiting"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name}: got {getattr(self, name)}, allowed: 1 and up", param=name
-                )
-        if self.max_num_batched_tokens <= self.max_num_seqs:
+                     "max_model_len", "max_adapter_slots", "max_num_waiting"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: got {value}, allowed: 1 and up", param=name)
+        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if rows is not None and tokens is not None and tokens <= rows:
             raise ConfigError(
-                f"max_num_batched_tokens: got {self.max_num_batched_tokens}, allowed: above "
-                f"max_num_seqs ({self.max_num_seqs}), so that a prefill always advances",
+                f"max_num_batched_tokens: got {tokens}, allowed: above max_num_seqs ({rows}), so "
+                f"that a prefill always advances",
                 param="max_num_batched_tokens",
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
@@ -63,6 +63,19 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype: got {self.dtype!r}, allowed: float32, bfloat16, float16", param="dtype"
             )
+
+
+def resolve(config: EngineConfig, platform: str) -> EngineConfig:
+    """The configuration with everything made explicit that the platform ("cpu", "gpu") decides."""
+    is_cpu = platform == "cpu"
+    rows = config.max_num_seqs or (16 if is_cpu else 256)
+    tokens = config.max_num_batched_tokens or max(128 if is_cpu else 2048, 2 * rows)
+    return dataclasses.replace(
+        config,
+        dtype=config.dtype or ("float32" if is_cpu else "bfloat16"),
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
