@@ -8,6 +8,7 @@ ADAPTERS ?= $(if $(filter checkpoints/demo/model,$(MODEL)),checkpoints/demo/adap
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+NAME = $(if $(filter checkpoints/demo/model,$(MODEL)),--served-model-name sloraj-demo)
 TRY = $(if $(filter checkpoints/demo/model,$(MODEL)),{"model": "shift-3"$(,) "prompt": "hello world =>"$(,) "temperature": 0},{"prompt": "Hello"})
 , := ,
 
@@ -19,7 +20,7 @@ serve:  ## serve a model and its adapters; without variables, the demo
 	@$(ENSURE) $$(bash .ci/cuda_extra)
 	@echo "Once it is ready, try:"
 	@echo "  curl -s http://$(HOST):$(PORT)/v1/completions -H 'Content-Type: application/json' -d '$(subst ",\",$(TRY))'"
-	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") --host "$(HOST)" --port "$(PORT)" $(ARGS)
+	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") $(NAME) --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
 test: check  ## everything that needs no GPU
 	JAX_PLATFORMS=cpu $(PY) -m pytest -q $(ARGS)

@@ -7,7 +7,8 @@ import dataclasses
 
 from sloraj.config import div_ceil
 
-SAMPLE_ROWS = (8, 64, 256)
+SMALL_DECODE_ROWS = (1, 4, 16, 64)
+SAMPLE_ROWS = (8, 64)
 DECODE_BLOCK_ROWS = 8
 MIXED_BLOCK_ROWS = 32
 MIN_MIXED_TOKENS = 512
@@ -46,8 +47,12 @@ class Buckets:
 def make_buckets(
     max_num_seqs: int, max_num_batched_tokens: int, page_size: int, block_q: int
 ) -> Buckets:
-    """Decode: powers of two up to max_num_seqs. Mixed: powers of two up to the token budget."""
-    sample = [n for n in SAMPLE_ROWS if n < max_num_seqs] + [max_num_seqs]
+    """Few enough that compiling them is quick: about two dozen programs at 256 rows.
+
+    Decoding is bound by reading weights, so padding a few rows costs nothing: its buckets are far
+    apart while small. Mixed steps are bound by arithmetic: powers of two up to the token budget.
+    """
+    sample = [n for n in SAMPLE_ROWS if 4 * n <= max_num_seqs] + [max_num_seqs]
 
     def fit(num_rows: int) -> int:
         return sample[bisect.bisect_left(sample, num_rows)]
@@ -63,7 +68,7 @@ def make_buckets(
             block_q=1,
             num_query_tiles=n,
         )
-        for n in _doubling(1, max_num_seqs)
+        for n in _decode_rows(max_num_seqs)
     )
     mixed = tuple(
         Bucket(
@@ -79,6 +84,11 @@ def make_buckets(
         for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
     )
     return Buckets(decode=decode, mixed=mixed, sample=tuple(sample))
+
+
+def _decode_rows(max_num_seqs: int) -> list[int]:
+    small = [n for n in SMALL_DECODE_ROWS if n < max_num_seqs]
+    return small + _doubling(min(2 * SMALL_DECODE_ROWS[-1], max_num_seqs), max_num_seqs)
 
 
 def _doubling(first: int, last: int) -> list[int]:
