@@ -54,9 +54,11 @@ def run_requests(
             )
         )  # fmt: skip
     num_open = len(timings)
+    steps: list[tuple[float, int]] = []  # end of each step, and the tokens that it told of
     while num_open:
         messages = core.step()
         now = time.perf_counter() - started
+        steps.append((now, len(messages)))
         for message in messages:
             if isinstance(message, RequestFailed | Dead):
                 raise RuntimeError(f"{tag}: {message}")
@@ -67,7 +69,21 @@ def run_requests(
                 timing.num_tokens += len(message.token_ids)
                 num_open -= message.finish_reason is not None
     wall_s = time.perf_counter() - started
-    return _summary(core, before, timings, wall_s, prompts.size)
+    return _summary(core, before, timings, wall_s, prompts.size) | _decode_steps(timings, steps)
+
+
+def _decode_steps(timings: dict[str, Timings], steps: list[tuple[float, int]]) -> dict[str, float]:
+    """The last stretch in which every running request decodes: its rows, and seconds a step."""
+    begin = max(t.first_token_s for t in timings.values())
+    end = min((t.last_token_s for t in timings.values() if t.last_token_s > begin), default=begin)
+    ends = [(now, rows) for now, rows in steps if begin < now < end]
+    if len(ends) < 3:
+        return {}
+    durations = np.diff([now for now, _ in ends])
+    return {
+        "decode_rows": float(np.median([rows for _, rows in ends])),
+        "decode_step_s": float(np.median(durations)),
+    }
 
 
 def _summary(
