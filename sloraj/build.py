@@ -7,8 +7,10 @@ memory.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +55,6 @@ MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
 DEFAULT_MAX_RANK, MAX_RANK = 64, 256
-DEFAULT_CACHE_DIR = Path.home() / ".cache" / "sloraj" / "jax"
 BLOCK_Q = {"xla": 16, "triton": 64}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
@@ -104,11 +105,24 @@ def prepare_jax(config: EngineConfig) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     directory = config.compilation_cache_dir
     if directory is None:
-        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(DEFAULT_CACHE_DIR))
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", _default_cache_dir())
     if directory:
         jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _default_cache_dir() -> str:
+    """One directory a kind of processor: programs compiled for another may not run on this one,
+    and home directories are shared between machines.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        flags = platform.processor()
+    kind = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    return str(Path.home() / ".cache" / "sloraj" / f"jax-{platform.machine()}-{kind}")
 
 
 def find_adapters(config: EngineConfig) -> list[tuple[str, str]]:
