@@ -25,6 +25,12 @@ def kv_write_reference(
 ) -> jax.Array:
     """The specification of `kv_write`: one scatter into the pool seen as KV pages."""
     num_kv_heads, head_dim = k.shape[1:]
+    if len(pages) == 1:
+        # XLA makes a slice update of one token's scatter, and copies the pool around it; of two
+        # (the second is padding) it does not.
+        k, v, pages, offsets = (
+            jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v, pages, offsets)
+        )
     paged = pool.reshape(-1, 2, num_kv_heads, page_size, head_dim)
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
     return paged.at[pages, :, :, offsets].set(kv).reshape(pool.shape)

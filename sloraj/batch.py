@@ -47,7 +47,9 @@ class ScheduledRow:
     """`num_tokens` tokens of one sequence, from position `start`, computed in this step.
 
     Token ids at positions the host does not know yet (at most the last one) come from the row's
-    device state. `sequence.pages[first_new_page:]` are new to the device in this step.
+    device state. Of `sequence.pages`, those from `first_new_page` to the one of the last token are
+    new to the device in this step; of later ones it learns when it computes their tokens, so that
+    a step announces no more pages than its tokens fill.
     """
 
     sequence: Sequence

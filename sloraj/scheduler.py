@@ -60,7 +60,7 @@ class TokenEvent:
 class _Chunk:
     sequence: Sequence
     num_tokens: int
-    first_new_page: int
+    num_old_pages: int  # that the sequence had before this pass
     is_reset: bool
 
 
@@ -148,11 +148,11 @@ class Scheduler:
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
-            first_new_page = len(sequence.pages)
+            num_old_pages = len(sequence.pages)
             if not self._extend(sequence, sequence.num_computed_tokens + num_tokens):
                 return False
             if sequence.state is SequenceState.RUNNING:
-                plan.add(_Chunk(sequence, num_tokens, first_new_page, is_reset=False))
+                plan.add(_Chunk(sequence, num_tokens, num_old_pages, is_reset=False))
         return True
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -178,7 +178,7 @@ class Scheduler:
             self._waiting.popleft()
             self._running.append(sequence)
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
-            plan.add(_Chunk(sequence, num_tokens, first_new_page=0, is_reset=True))
+            plan.add(_Chunk(sequence, num_tokens, num_old_pages=0, is_reset=True))
 
     def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""
@@ -221,7 +221,7 @@ class Scheduler:
             adapter_tag=0 if version is None else version.tag,
             start=start,
             num_tokens=chunk.num_tokens,
-            first_new_page=chunk.first_new_page,
+            first_new_page=self.num_pages_for(start),
             is_reset=chunk.is_reset,
             samples=start + chunk.num_tokens == sequence.num_tokens,
         )
@@ -233,8 +233,8 @@ class Scheduler:
     def _roll_back(self, plan: _Plan) -> None:
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            self._pool.free(sequence.pages[chunk.first_new_page :], sequence.tag)
-            del sequence.pages[chunk.first_new_page :]
+            self._pool.free(sequence.pages[chunk.num_old_pages :], sequence.tag)
+            del sequence.pages[chunk.num_old_pages :]
 
     # --- update ---
 

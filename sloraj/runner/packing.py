@@ -86,7 +86,7 @@ def pack_step(
     n = len(batch.rows)
     fields["batch_rows"][:n] = [r.row for r in batch.rows]
     fields["num_read_pages"][:n] = [div_ceil(r.start + r.num_tokens, page_size) for r in batch.rows]
-    _pack_appends(batch.rows, fields)
+    _pack_appends(batch.rows, fields, page_size)
     _pack_lora_tiles(batch.rows, fields, bucket.block_rows)
     if not bucket.is_decode:
         _pack_query_tiles(batch.rows, fields, bucket.block_q)
@@ -141,11 +141,13 @@ def _pack_sampled(sampled: list[tuple[int, int, int]], fields: dict[str, np.ndar
         fields["logit_positions"][:n] = position
 
 
-def _pack_appends(rows: Iterable[ScheduledRow], fields: dict[str, np.ndarray]) -> None:
+def _pack_appends(
+    rows: Iterable[ScheduledRow], fields: dict[str, np.ndarray], page_size: int
+) -> None:
     appends = [
-        (row.row, index, page)
+        (row.row, index, row.sequence.pages[index])
         for row in rows
-        for index, page in enumerate(row.sequence.pages[row.first_new_page :], row.first_new_page)
+        for index in range(row.first_new_page, div_ceil(row.start + row.num_tokens, page_size))
     ]
     if appends:
         fields["appends"][: len(appends)] = appends

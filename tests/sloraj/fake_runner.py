@@ -152,7 +152,8 @@ class FakeRunner:
         state = self.rows[row.row]
         self._require(state.tag == row.sequence.tag, "the row is another sequence's")
         self._require(len(state.pages) == row.first_new_page, "page appends do not join")
-        for page in row.sequence.pages[row.first_new_page :]:
+        num_pages = -(-(row.start + row.num_tokens) // self.page_size)
+        for page in row.sequence.pages[row.first_new_page : num_pages]:
             self._take_page(page, row.sequence.tag)
             state.pages.append(page)
 

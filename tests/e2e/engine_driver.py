@@ -1,0 +1,263 @@
+"""Drives an EngineCore over the real runner by hand: one runner, warm, and many cores on it.
+
+A core starts from nothing, and the device state needs no reset between two: rows are reset when
+they are assigned, slots when they are bound. So each law gets its own core, pool size and token
+budget, and nothing is compiled again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from checkpoints.hf_config import read_model_config
+from checkpoints.hf_weights import open_weights
+from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from sloraj.adapters.loader import LoadFunction
+from sloraj.build import adapter_loader, build_runner
+from sloraj.config import EngineConfig, SchedulerConfig
+from sloraj.core import EngineCore
+from sloraj.errors import SlorajError, from_wire
+from sloraj.messages import (
+    Abort,
+    Dead,
+    Generate,
+    LoadAdapter,
+    Reply,
+    RequestFailed,
+    TokenOutput,
+    UnloadAdapter,
+)
+from sloraj.model.weights import load_parameters
+from sloraj.parallel.mesh import make_mesh
+from sloraj.request import SamplingParams
+from sloraj.runner import DeviceRunner
+from tests.checkpoints.fixtures import tiny_config, write_adapter, write_hf_model
+from tests.e2e.driver import quiet
+from tests.e2e.token_oracle import Adapter, TokenOracle
+from tests.sloraj.core_driver import Answer, HandExecutor
+
+PAGE_SIZE = 4
+MAX_RANK = 8
+NUM_PAGES = 4096  # on the device; a core is given as few of them as its law wants
+MAX_NUM_SEQS = 10  # no power of two, and more than one reset program or sample bucket takes
+MAX_NUM_TOKENS = 32
+EOS = 2
+
+# targets, rank by module, layers; what is not said is drawn from the index
+ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"targets": ("q_proj", "v_proj"), "ranks": 4},
+    {"targets": TARGET_MODULES, "ranks": 2},
+    {"targets": ("o_proj",), "ranks": 1, "rslora": True},
+    {"targets": ("k_proj", "down_proj"), "ranks": {"k_proj": 3, "down_proj": 8}},
+    {"targets": ("gate_proj", "up_proj"), "ranks": 5, "layers": [1]},
+    {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "ranks": 3, "rslora": True},
+    {"targets": ("down_proj",), "ranks": 6, "layers": [0]},
+    {"targets": ("v_proj", "up_proj"), "ranks": 2, "alpha": 8},
+)
+ZERO_B = len(ADAPTERS)  # every B is zero: the base model's answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A warm runner with the files it serves and the oracle of what it must answer."""
+
+    runner: DeviceRunner
+    config: SchedulerConfig
+    model_config: ModelConfig
+    load: LoadFunction
+    oracle: TokenOracle
+    adapters: tuple[Adapter, ...]
+
+
+def write_adapters(directory: Path, config: ModelConfig) -> tuple[Adapter, ...]:
+    found = []
+    for index, fields in enumerate((*ADAPTERS, ADAPTERS[1] | {"magnitude": 0.0})):
+        path = directory / f"adapter{index}"
+        modules = write_adapter(path, config, seed=100 + index, **fields)
+        found.append(Adapter(str(path), modules))
+    return tuple(found)
+
+
+def build_engine(directory: Path) -> Engine:
+    """Write a model and adapters, and warm up a checked runner for them."""
+    written = tiny_config(eos_token_ids=(EOS,))
+    weights = write_hf_model(directory / "base", written, seed=7)
+    adapters = write_adapters(directory, written)
+    model = str(directory / "base")
+    config = read_model_config(model)
+    mesh = make_mesh(1)
+    with open_weights(model, config) as files:
+        ends, layers = load_parameters(files, config, mesh, jnp.dtype("float32"), quiet)
+    oracle = TokenOracle(config, weights)  # before readiness: it compiles the noise
+    page_bytes = config.num_layers * 2 * PAGE_SIZE * config.num_kv_heads * config.head_dim * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sloraj.runner.buckets.MIN_MIXED_TOKENS", MAX_NUM_TOKENS // 2)
+        runner, scheduler_config, layout, _ = build_runner(
+            EngineConfig(
+                model=model, page_size=PAGE_SIZE, max_rank=MAX_RANK, max_model_len=64,
+                max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_TOKENS,
+                max_adapter_slots=6, pool_bytes=NUM_PAGES * page_bytes, checked=True,
+            ),
+            config, mesh, "float32", ends, layers, quiet,
+        )  # fmt: skip
+    load = adapter_loader(config, layout, scheduler_config.max_rank)
+    return Engine(runner, scheduler_config, config, load, oracle, adapters)
+
+
+class EngineDriver:
+    """One core on the shared runner, and all that it has said so far."""
+
+    _first_tags = itertools.count(1, 1_000_000)
+
+    def __init__(self, engine: Engine, **changes: Any) -> None:
+        self.engine = engine
+        self.config = dataclasses.replace(engine.config, **changes)
+        self.executor = HandExecutor()
+        self.now_s = 1000.0
+        self.core = EngineCore(
+            self.config,
+            engine.runner,
+            engine.load,
+            clock=lambda: self.now_s,
+            loader_executor=self.executor,
+        )
+        # Owner tags that no earlier core has left on the device: an old one could hide a misread.
+        self.core._next_tag = itertools.count(next(self._first_tags)).__next__
+        self.core._host_store._next_tag = self.core._next_tag
+        self.requests: dict[str, tuple[list[int], dict[str, Any]]] = {}
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.failures: dict[str, SlorajError] = {}
+        self.replies: dict[int, Any] = {}
+        self.death: str | None = None
+        self._ids = itertools.count(1)
+
+    # --- what a frontend would do ---
+
+    def generate(self, prompt: list[int], adapter_id: str | None = None, **params: Any) -> str:
+        """Greedy unless said, as frontends send it: `seed` resolved."""
+        request_id = f"r{next(self._ids)}"
+        params = {"temperature": 0.0, "max_tokens": 8, "seed": 0, **params}
+        self.requests[request_id] = (prompt, params)
+        self.core.submit(
+            Generate(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                params=params,
+                adapter_id=adapter_id,
+            )
+        )
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        self.core.submit(Abort(request_id=request_id))
+
+    def load(self, adapter_id: str, path: str, **options: Any) -> int:
+        call_id = next(self._ids)
+        message = LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path, **options)
+        self.core.submit(message)
+        return call_id
+
+    def loaded(self, adapter_id: str, content: int, **options: Any) -> str:
+        """Load adapter number `content`; its version."""
+        return self.loaded_from(adapter_id, self.engine.adapters[content].path, **options)
+
+    def loaded_from(self, adapter_id: str, path: str, **options: Any) -> str:
+        call_id = self.load(adapter_id, path, **options)
+        while call_id not in self.replies:
+            self.step()
+        info = self.replies[call_id]
+        assert isinstance(info, dict), info
+        version = info["version"]
+        assert isinstance(version, str)
+        return version
+
+    def unload(self, adapter_id: str) -> int:
+        call_id = next(self._ids)
+        self.core.submit(UnloadAdapter(call_id=call_id, adapter_id=adapter_id))
+        return call_id
+
+    # --- time ---
+
+    def step(self) -> None:
+        self.now_s += 0.01
+        for message in self.core.step():
+            self._hear(message)
+        assert self.death is None, self.death  # a violation of ownership is a death, too
+
+    def run(self, max_steps: int = 5000) -> None:
+        """Step until idle."""
+        self.step()
+        for _ in range(max_steps):
+            if self.core.is_idle:
+                self.core.check_integrity()
+                return
+            self.step()
+        raise AssertionError(f"not idle after {max_steps} steps")
+
+    def _hear(self, message: Any) -> None:
+        match message:
+            case TokenOutput():
+                key = (message.request_id, message.index)
+                answer = self.answers.setdefault(key, Answer())
+                assert answer.finish_reason is None, "tokens after the finish"
+                assert message.request_id not in self.failures, "tokens after a failure"
+                answer.token_ids += message.token_ids
+                answer.finish_reason = message.finish_reason
+                answer.stop_token_id = message.stop_token_id
+                answer.versions.add(message.adapter_version)
+                answer.logprobs += message.logprobs or []
+            case RequestFailed():
+                assert message.request_id not in self.failures, "failed twice"
+                self.failures[message.request_id] = from_wire(message.error)
+            case Reply():
+                assert message.call_id not in self.replies, "replied twice"
+                error = message.error
+                self.replies[message.call_id] = message.value if error is None else from_wire(error)
+            case Dead():
+                self.death = message.reason
+
+    # --- what is right ---
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        return self.answers[request_id, index].token_ids
+
+    def check(self, request_id: str, content: int | None, version: str | None) -> None:
+        """Assert that a finished request's choices are what the oracle of that adapter allows."""
+        adapter = None if content is None else self.engine.adapters[content]
+        self.check_adapter(request_id, adapter, version)
+
+    def check_adapter(self, request_id: str, adapter: Adapter | None, version: str | None) -> None:
+        prompt, fields = self.requests[request_id]
+        params = SamplingParams(**fields)
+        for index in range(params.n):
+            answer = self.answers[request_id, index]
+            assert answer.versions == {version}
+            self.engine.oracle.check(prompt, params, index, adapter, answer, self.config)
+
+    def is_finished(self, request_id: str) -> bool:
+        _, fields = self.requests[request_id]
+        answers = [self.answers.get((request_id, i)) for i in range(fields.get("n", 1))]
+        return all(answer is not None and answer.finish_reason is not None for answer in answers)
+
+    def check_freed(self) -> None:
+        """Assert that an idle core holds nothing but idle adapters."""
+        assert self.core.is_idle
+        self.core.check_integrity()
+        stats = self.core.stats()
+        assert stats["num_requests"] == stats["num_running"] == stats["num_waiting"] == 0
+        assert stats["num_adapters_draining"] == 0
+        assert stats["num_pages_adapters_idle"] == stats["num_pages_adapters"]
+        assert stats["num_pages_free"] + stats["num_pages_adapters"] == stats["num_pages"]
+
+
+def counted(driver: EngineDriver) -> collections.Counter[str]:
+    """The core's counters, by name."""
+    stats = driver.core.stats()
+    return collections.Counter({k: v for k, v in stats.items() if isinstance(v, int)})
