@@ -25,6 +25,8 @@ def kv_write_reference(
 ) -> jax.Array:
     """The specification of `kv_write`: one scatter into the pool seen as KV pages."""
     num_kv_heads, head_dim = k.shape[1:]
+    if len(pages) == 1:  # XLA would make a lone update a slice update, and on CPU copy the pool
+        k, v, pages, offsets = (jnp.repeat(a, 2, axis=0) for a in (k, v, pages, offsets))
     paged = pool.reshape(-1, 2, num_kv_heads, page_size, head_dim)
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
     return paged.at[pages, :, :, offsets].set(kv).reshape(pool.shape)
