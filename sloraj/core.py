@@ -344,6 +344,7 @@ class EngineCore:
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "num_requests": len(self._requests),
+            "num_leases": sum(version.num_leases for version in self._host_store),
             "num_pages": self._pool.num_usable,
             "num_pages_free": self._pool.num_free,
             "num_pages_adapters": residency.num_pages,

@@ -7,6 +7,7 @@ closes.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
@@ -32,6 +33,7 @@ def main(fd: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     connection = socket.socket(fileno=fd)
     spec = wire.decode_spec(wire.receive_frame(connection))
+    _set_up_logging(spec.log_level)
     writer = _Writer(connection)
     reader = _Reader(connection)
     try:
@@ -51,6 +53,13 @@ def main(fd: int) -> int:
         return EXIT_FAILED
     writer.close()
     return 0
+
+
+def _set_up_logging(level: int) -> None:
+    """To stderr, which the parent passes on: our loggers as it has them, others from WARNING up."""
+    logging.basicConfig(format="%(levelname)s engine: %(message)s")
+    for package in ("sloraj", "checkpoints", "pallas_kernels"):
+        logging.getLogger(package).setLevel(level)
 
 
 class _Writer:

@@ -76,6 +76,8 @@ class ProgressBars:
             self._bar = tqdm(total=total, desc=stage, file=sys.stderr, leave=True)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+        if done == total:  # shown at once, and what is logged next gets a line of its own
+            self.close()
 
     def close(self) -> None:
         if self._bar is not None:

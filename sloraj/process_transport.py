@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ START_TIMEOUT_S = 3600.0  # a first compile of a large model on a slow machine
 REAP_TIMEOUT_S = 5.0  # from end-of-file, or a signal, to the child's exit
 SEND_TIMEOUT_S = 30.0  # a child that reads nothing for so long is as good as dead
 STDERR_TAIL_LINES = 20
+_log = logging.getLogger(__name__)
 
 
 class ProcessTransport:
@@ -50,7 +52,9 @@ class ProcessTransport:
         start_timeout_s: float = START_TIMEOUT_S,
         stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
-        self._spec = wire.EngineSpec(config=config, core_factory=core_factory)
+        self._spec = wire.EngineSpec(
+            config=config, core_factory=core_factory, log_level=_log.getEffectiveLevel()
+        )
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._send_lock = threading.Lock()

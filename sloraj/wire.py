@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 from typing import Any
@@ -20,6 +21,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     config: EngineConfig
     core_factory: str  # "module:function"
+    log_level: int = logging.WARNING  # of the project's own loggers
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -74,7 +74,8 @@ class AdapterCalls:
             self._unloads[message.adapter_id] = message.call_id
 
     def list_adapters(self, message: ListAdapters) -> None:
-        infos = [self._info(registration) for registration in self._registry]
+        in_order = sorted(self._registry, key=lambda registration: registration.adapter_id)
+        infos = [self._info(registration) for registration in in_order]
         self._reply(Reply(call_id=message.call_id, value=infos))
 
     def answer_unloaded(self) -> None:

@@ -65,6 +65,7 @@ def compile_all(
 
     Calling a compiled program with other shapes is an error, never a compilation.
     """
+    progress("compile", 0, len(jobs))
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         futures = {pool.submit(job.program.lower(*job.arguments).compile): job.key for job in jobs}
         compiled = {}

@@ -50,6 +50,19 @@ def test_tokens_land_in_their_places_and_nowhere_else(
     )
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 16])
+def test_a_step_that_writes_and_then_reads_never_copies_the_pool(num_tokens: int) -> None:
+    def step(pool: jax.Array, kv: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pool = kv_write(pool, kv, kv, pages, pages, page_size=16, implementation="xla")
+        return pool, pool.reshape(-1, 16, 128)[pages]
+
+    pool = jax.ShapeDtypeStruct((512, 2048), jnp.float32)
+    kv = jax.ShapeDtypeStruct((num_tokens, 2, 32), jnp.float32)
+    pages = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=0).lower(pool, kv, pages).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512 * 2048 * 4 / 8
+
+
 def test_impossible_arguments_are_refused() -> None:
     pool, kv, index = np.zeros((3, 512)), np.zeros((2, 2, 32)), np.zeros(2, np.int32)
     with pytest.raises(ValueError, match="not \\[num_pages, 2048\\]"):
