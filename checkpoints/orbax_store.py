@@ -89,7 +89,8 @@ def read_converted_config(path: str) -> ModelConfig:
 def read_num_devices(path: str) -> int:
     """How many devices the leaves were laid out for. Raises as `restore_converted`."""
     _manifest(path)
-    return read_fields(os.path.join(path, MANIFEST)).integer("num_devices")
+    found: int = read_fields(os.path.join(path, MANIFEST)).integer("num_devices")
+    return found
 
 
 def restore_converted(

@@ -26,11 +26,11 @@ from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import WEIGHTS_FILE, read_adapter
 from checkpoints.safetensors_file import SafetensorsFile
 from pallas_kernels.dispatch import resolve_implementation
+from sloraj import convert
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil
-from sloraj.convert import restore
 from sloraj.core import EngineCore
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
@@ -144,7 +144,7 @@ def _load(
     if config.random_weights:
         return random_parameters(model, mesh, jnp_dtype, config.seed)
     if is_converted(config.model):
-        restored = restore(config.model, model, mesh, jnp_dtype)
+        restored = convert.restore(config.model, model, mesh, jnp_dtype)
         on_progress("weights", 1, 1)
         return restored
     with open_weights(config.model, model) as weights:
