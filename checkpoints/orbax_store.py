@@ -1,8 +1,8 @@
 """Converted checkpoints: the engine's own leaves, saved so that they restore onto a mesh.
 
-A converted directory holds `leaves/` (Orbax), `sloraj.json` (format and the model's config), and
-the side files of the model: config.json, tokenizer and chat templates. The only module of this
-package that imports JAX.
+A converted directory holds `leaves/` (Orbax), `sloraj.json` (format, the model's config, and the
+number of devices that the leaves are laid out for), and the side files of the model: config.json,
+tokenizer and chat templates. The only module of this package that imports JAX.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ def is_converted(path: str) -> bool:
 
 
 def save_converted(
-    path: str, config: ModelConfig, leaves: Mapping[str, jax.Array], *, source: str | None = None
+    path: str,
+    config: ModelConfig,
+    leaves: Mapping[str, jax.Array],
+    *,
+    num_devices: int = 1,
+    source: str | None = None,
 ) -> None:
     """Write `leaves` (name -> array, sharded or not) to the new directory `path`.
 
-    The side files of the model directory `source` are copied beside them. The manifest is written
+    `num_devices` is only noted: leaves may mean different things on another number of devices. The
+    side files of the model directory `source` are copied beside them. The manifest is written
     last: a directory without it is not a converted checkpoint.
     Raises: InvalidCheckpoint: the directory exists already, or a name holds a slash, which Orbax
             would take for a level.
@@ -59,6 +65,7 @@ def save_converted(
     manifest = {
         "format": _FORMAT,
         "config": dataclasses.asdict(config),
+        "num_devices": num_devices,
         "leaves": {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in leaves.items()},
     }
     with open(os.path.join(path, MANIFEST), "x", encoding="utf-8") as file:
@@ -79,14 +86,21 @@ def read_converted_config(path: str) -> ModelConfig:
         ) from error
 
 
+def read_num_devices(path: str) -> int:
+    """How many devices the leaves were laid out for. Raises as `restore_converted`."""
+    _manifest(path)
+    found: int = read_fields(os.path.join(path, MANIFEST)).integer("num_devices")
+    return found
+
+
 def restore_converted(
     path: str, abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Restore exactly the leaves of `abstract`, each onto the sharding that it carries.
+    """Restore exactly the leaves of `abstract`, each in the dtype and on the sharding it carries.
 
     Every device reads only its bytes.
     Raises: CheckpointNotFound: not a converted directory. UnsupportedCheckpoint: a newer format.
-            InvalidCheckpoint: names, shapes or dtypes differ from what was saved.
+            InvalidCheckpoint: names or shapes differ from what was saved.
     """
     saved: dict[str, Any] = _manifest(path)["leaves"]
     if missing := sorted(set(abstract) ^ set(saved)):
@@ -95,10 +109,10 @@ def restore_converted(
             f"{path}: leaf {missing[0]!r} is missing from {where}", field=missing[0]
         )
     for name, leaf in abstract.items():
-        if saved[name] != [list(leaf.shape), leaf.dtype.name]:
+        if saved[name][0] != list(leaf.shape):
             raise InvalidCheckpoint(
-                f"{path}: leaf {name!r} was saved as {saved[name]}, the model has "
-                f"{[list(leaf.shape), leaf.dtype.name]}",
+                f"{path}: leaf {name!r} was saved as {saved[name][0]}, the model has "
+                f"{list(leaf.shape)}",
                 field=name,
             )
     with ocp.StandardCheckpointer() as checkpointer:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from checkpoints.errors import CheckpointError
 from serving.cli_options import add_options, printable, read_config
 from serving.config import ServerConfig
 from sloraj.config import EngineConfig
@@ -29,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except KeyboardInterrupt:
         return 130
-    except Exception as exc:
-        if not isinstance(exc, SlorajError) and type(exc).__name__ != "CheckpointError":
-            raise
+    except (SlorajError, CheckpointError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 1
 

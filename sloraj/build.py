@@ -24,10 +24,11 @@ from checkpoints.errors import CheckpointError
 from checkpoints.hf_config import read_generation_defaults, read_model_config
 from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
-from checkpoints.orbax_store import is_converted, restore_converted
+from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import WEIGHTS_FILE, read_adapter
 from checkpoints.safetensors_file import SafetensorsFile
 from pallas_kernels.dispatch import resolve_implementation
+from sloraj import convert
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
 from sloraj.batch import PackedAdapter
@@ -36,13 +37,7 @@ from sloraj.core import EngineCore
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
 from sloraj.model.rope import max_context
-from sloraj.model.weights import (
-    Leaves,
-    abstract_parameters,
-    load_parameters,
-    random_parameters,
-    unflatten,
-)
+from sloraj.model.weights import Leaves, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
 from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.runner import DeviceRunner
@@ -172,9 +167,9 @@ def _load(
     if config.random_weights:
         return random_parameters(model, mesh, jnp_dtype, config.seed)
     if is_converted(config.model):
-        flat = restore_converted(config.model, abstract_parameters(model, mesh, jnp_dtype))
+        restored = convert.restore(config.model, model, mesh, jnp_dtype)
         on_progress("weights", 1, 1)
-        return unflatten(flat, model.num_layers)
+        return restored
     with open_weights(config.model, model) as weights:
         return load_parameters(weights, model, mesh, jnp_dtype, on_progress)
 

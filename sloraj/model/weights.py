@@ -30,9 +30,13 @@ class TensorSource(Protocol):
 
 
 def load_parameters(
-    source: TensorSource, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, progress: Progress
+    source: TensorSource,
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype | None,
+    progress: Progress,
 ) -> tuple[Leaves, list[Leaves]]:
-    """(parameters outside the layers, one dict a layer), on the mesh."""
+    """(parameters outside the layers, one dict a layer), on the mesh; dtype None: as stored."""
     total = config.num_layers + 1
     ends = _load(source, top_rules(config, mesh.size), mesh, dtype)
     progress("weights", 1, total)
@@ -44,7 +48,7 @@ def load_parameters(
 
 
 def _load(
-    source: TensorSource, rules: dict[str, ParamRule], mesh: Mesh, dtype: jnp.dtype
+    source: TensorSource, rules: dict[str, ParamRule], mesh: Mesh, dtype: jnp.dtype | None
 ) -> Leaves:
     leaves = {name: _load_one(source, rule, mesh, dtype) for name, rule in rules.items()}
     # The mapped file's pages must stay readable until every copy has been made.
@@ -52,7 +56,9 @@ def _load(
     return leaves
 
 
-def _load_one(source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
+def _load_one(
+    source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtype | None
+) -> jax.Array:
     shards = []
     for index, device in enumerate(mesh.devices.flat):
         pieces = [
@@ -60,10 +66,15 @@ def _load_one(source: TensorSource, rule: ParamRule, mesh: Mesh, dtype: jnp.dtyp
             for piece in rule.pieces(index)
             for part in _host_parts(source, piece)
         ]
-        shards.append(_join(pieces, dtype=dtype))
+        shards.append(_join(pieces, dtype=dtype or _common_dtype(pieces)))
     return jax.make_array_from_single_device_arrays(
         rule.global_shape(mesh.size), NamedSharding(mesh, rule.spec), shards
     )
+
+
+def _common_dtype(pieces: list[jax.Array]) -> jnp.dtype:
+    """The stored dtype; for pieces of several, the one that holds them all."""
+    return jnp.dtype(jnp.result_type(*pieces))
 
 
 def _host_parts(source: TensorSource, piece: Piece) -> list[np.ndarray]:

@@ -155,6 +155,7 @@ def test_every_token_of_the_right_answer_is_the_likeliest(
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings("default")  # the libraries' own warnings are not ours to fix
 def test_transformers_and_peft_load_every_adapter_and_answer_rightly() -> None:
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _load(base: str, adapter: str | None) -> Any:
+def load_live(base: str, adapter: str | None) -> Any:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
@@ -61,7 +61,7 @@ def _load(base: str, adapter: str | None) -> Any:
     return model.eval()
 
 
-def _run(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+def run_live(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     torch = importlib.import_module("torch")
     with torch.no_grad():
         output = model(torch.from_numpy(tokens.astype(np.int64))[None], use_cache=False)
@@ -73,9 +73,9 @@ def _run(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 def test_recorded_logits_are_what_the_libraries_compute(model: GoldenModel) -> None:
     golden = model.arrays()
     for adapter in ("base", *model.adapters):
-        loaded = _load(model.base, None if adapter == "base" else model.adapter(adapter))
+        loaded = load_live(model.base, None if adapter == "base" else model.adapter(adapter))
         for prompt in PROMPTS:
-            got = _run(loaded, golden[f"tokens.{prompt}"])
+            got = run_live(loaded, golden[f"tokens.{prompt}"])
             assert relative_error(got, golden[f"logits.{adapter}.{prompt}"]) < TOLERANCE
 
 
@@ -95,7 +95,7 @@ def test_directories_of_the_fixtures_mean_the_same_to_peft(
         write_adapter(path, config, seed=seed, magnitude=0.2, **options)
         merged = numpy_llama.merge(read_adapter(str(path), config).modules)
         want = numpy_llama.logits(config, weights, tokens.tolist(), merged)
-        got = _run(_load(str(tmp_path / "base"), str(path)), tokens)
+        got = run_live(load_live(str(tmp_path / "base"), str(path)), tokens)
         assert relative_error(got, want) < TOLERANCE
 
 
