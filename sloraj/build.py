@@ -7,10 +7,7 @@ memory.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,20 +17,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from checkpoints.errors import CheckpointError
 from checkpoints.hf_config import read_generation_defaults, read_model_config
 from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
 from checkpoints.orbax_store import is_converted
-from checkpoints.peft_adapter import WEIGHTS_FILE, read_adapter
-from checkpoints.safetensors_file import SafetensorsFile
+from checkpoints.peft_adapter import read_adapter
 from pallas_kernels.dispatch import resolve_implementation
 from sloraj import convert
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
+from sloraj.adapters.sources import DEFAULT_MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
 from sloraj.core import EngineCore
+from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
 from sloraj.model.llama import Model, StepSpec, abstract_model
 from sloraj.model.rope import max_context
@@ -49,7 +46,6 @@ Progress = Callable[[str, int, int], None]
 MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
-DEFAULT_MAX_RANK, MAX_RANK = 64, 256
 BLOCK_Q = {"xla": 16, "triton": 64}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
@@ -66,7 +62,7 @@ def build_core(
     AdapterLoadError: an unusable adapter.
     """
     started = time.monotonic()
-    prepare_jax(config)
+    prepare_jax(config.compilation_cache_dir)
     model_config = read_model_config(config.model)
     check_divisible(model_config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
@@ -89,74 +85,6 @@ def build_core(
     }
     log.info("ready in %.1f s, of which %.1f s for the weights", info["startup_s"], loaded_s)
     return core, info
-
-
-def prepare_jax(config: EngineConfig) -> None:
-    """Settings that must precede the first use of a device; the environment's own win.
-
-    Compiled programs are kept on disk unless `compilation_cache_dir` is empty: compiling is what a
-    start on a GPU waits for.
-    """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    directory = config.compilation_cache_dir
-    if directory is None:
-        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", _default_cache_dir())
-    if directory:
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _default_cache_dir() -> str:
-    """One directory a kind of processor: programs compiled for another may not run on this one,
-    and home directories are shared between machines.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        flags = platform.processor()
-    kind = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    return str(Path.home() / ".cache" / "sloraj" / f"jax-{platform.machine()}-{kind}")
-
-
-def find_adapters(config: EngineConfig) -> list[tuple[str, str]]:
-    """(adapter_id, path) of `adapters`, and of each adapter directory in `adapters_dir`.
-
-    Raises ConfigError when a name comes twice or the directory is missing.
-    """
-    found = list(config.adapters)
-    if config.adapters_dir is not None:
-        if not Path(config.adapters_dir).is_dir():
-            raise ConfigError(
-                f"adapters_dir: got {config.adapters_dir!r}, allowed: an existing directory",
-                param="adapters_dir",
-            )
-        found += [
-            (path.name, str(path))
-            for path in sorted(Path(config.adapters_dir).iterdir())
-            if (path / "adapter_config.json").is_file()
-        ]
-    names = [name for name, _ in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"adapters: {name!r} is given twice", param="adapters")
-    return found
-
-
-def largest_rank(adapters: list[tuple[str, str]]) -> int:
-    """The rank to compile for: that of the largest adapter given, and DEFAULT_MAX_RANK at least.
-
-    Unreadable files count nothing here; loading them says what is wrong.
-    """
-    ranks = [DEFAULT_MAX_RANK]
-    for _, path in adapters:
-        try:
-            with SafetensorsFile(str(Path(path) / WEIGHTS_FILE)) as file:
-                ranks += [file.shape(name)[0] for name in file.names if "lora_A" in name]
-        except CheckpointError:
-            continue
-    return min(max(ranks), MAX_RANK)
 
 
 def _load(

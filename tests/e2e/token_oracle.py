@@ -8,7 +8,6 @@ check holds an answer to what the request gets alone, in any mix, preempted or i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
