@@ -77,5 +77,9 @@ class Softmax(NamedTuple):
 
     def normalised(self) -> jax.Array:
         """The attention output; zeros for queries that saw nothing."""
-        total = self.total[:, None]
-        return jnp.where(total > 0, self.out / jnp.where(total > 0, total, 1.0), 0.0)
+        return divide_seen(self.out, self.total[:, None])
+
+
+def divide_seen(out: jax.Array, total: jax.Array) -> jax.Array:
+    """out / total; zeros where nothing was seen. NaN stays NaN, so that overflow is not hidden."""
+    return jnp.where(total == 0, 0.0, out / jnp.where(total == 0, 1.0, total))

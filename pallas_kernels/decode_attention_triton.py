@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention_blocks import KvPages, Softmax
+from pallas_kernels.attention_blocks import KvPages, Softmax, divide_seen
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
@@ -98,8 +98,7 @@ def _combine(out: jax.Array, highest: jax.Array, total: jax.Array) -> jax.Array:
     """One softmax from those of the parts (axis 2); zeros where none of them saw a key."""
     weight = jnp.exp2(highest - jnp.max(highest, axis=2, keepdims=True))
     whole = jnp.sum(total * weight, axis=2)[..., None]
-    out = jnp.sum(out * weight[..., None], axis=2)
-    return jnp.where(whole > 0, out / jnp.where(whole > 0, whole, 1.0), 0.0)
+    return divide_seen(jnp.sum(out * weight[..., None], axis=2), whole)
 
 
 def decode_attention_triton(

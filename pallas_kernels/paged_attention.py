@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import decode_attention_triton as decode_triton
 from pallas_kernels import ragged_attention_triton as ragged_triton
-from pallas_kernels.attention_blocks import LOWEST
+from pallas_kernels.attention_blocks import LOWEST, divide_seen
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.tiles import QueryTiles
 
@@ -65,8 +65,7 @@ def _attend(
     nothing = (jnp.zeros_like(q), highest, jnp.zeros_like(highest))
     num_blocks = (jnp.max(lengths) + block_kv - 1) // block_kv
     out, _, total = jax.lax.fori_loop(0, num_blocks, add_block, nothing)
-    total = total[..., None]
-    return jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
+    return divide_seen(out, total[..., None])
 
 
 def _as_kv_pages(pool: jax.Array, num_kv_heads: int, page_size: int, head_dim: int) -> jax.Array:

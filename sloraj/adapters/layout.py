@@ -15,6 +15,7 @@ import numpy as np
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from sloraj.batch import PackedAdapter
 from sloraj.config import CHUNK, PoolLayout, div_ceil
+from sloraj.errors import AdapterLoadError
 
 KIND_ABSENT = 0
 KIND_LORA = 1
@@ -115,6 +116,8 @@ def pack_adapter(
 
     `scaling` is multiplied into B in float32 before the one cast to the pool dtype; B is stored
     rank-major. Modules and layers that the adapter lacks have segments of kind 0.
+
+    Raises AdapterLoadError if values overflow that dtype.
     """
     ranks = {key: module.rank for key, module in weights.modules.items()}
     num_pages = num_adapter_pages(ranks, layout, config)
@@ -132,11 +135,18 @@ def pack_adapter(
             b_chunk = a_chunk + split.num_a_chunks(module.rank, tp)
             next_chunk[layer] = b_chunk + split.num_b_chunks(module.rank)
             segments[layer, index] = (KIND_LORA, a_chunk, b_chunk, module.rank)
-            b_rows = module.b.T.astype(np.float32) * np.float32(module.scaling)  # [R, out]
-            for device in range(tp):
-                run = runs[layer, device]
-                _put_rows(run, a_chunk, _a_rows(module.a, split, device, tp))
-                _put_rows(run, b_chunk, _b_rows(b_rows, name, split, device, layout, config))
+            with np.errstate(over="ignore"):  # seen below
+                b_rows = module.b.T.astype(np.float32) * np.float32(module.scaling)  # [R, out]
+                for device in range(tp):
+                    run = runs[layer, device]
+                    _put_rows(run, a_chunk, _a_rows(module.a, split, device, tp))
+                    _put_rows(run, b_chunk, _b_rows(b_rows, name, split, device, layout, config))
+            if not np.isfinite(runs[layer, :, a_chunk * CHUNK : next_chunk[layer] * CHUNK]).all():
+                raise AdapterLoadError(
+                    f"layer {layer}, {name}: A, or B times its scaling {module.scaling}, exceeds "
+                    f"the range of {layout.dtype}, in which the server keeps adapters",
+                    param="lora_path",
+                )
     # Page-major, so that any run of pages is one contiguous block to send.
     by_page = runs.reshape(layout.num_layers, tp, num_pages, layout.page_elems)
     pages = np.ascontiguousarray(by_page.transpose(2, 0, 1, 3)).reshape(

@@ -7,21 +7,17 @@ budget, and nothing is compiled again.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
-from checkpoints.hf_config import read_model_config
-from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from sloraj.adapters.loader import LoadFunction
-from sloraj.build import adapter_loader, build_runner
-from sloraj.config import EngineConfig, SchedulerConfig
+from sloraj.build import adapter_loader, build_core
+from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
 from sloraj.core import EngineCore
 from sloraj.errors import SlorajError, from_wire
 from sloraj.messages import (
@@ -34,8 +30,6 @@ from sloraj.messages import (
     TokenOutput,
     UnloadAdapter,
 )
-from sloraj.model.weights import load_parameters
-from sloraj.parallel.mesh import make_mesh
 from sloraj.request import SamplingParams
 from sloraj.runner import DeviceRunner
 from tests.checkpoints.fixtures import tiny_config, write_adapter, write_hf_model
@@ -90,25 +84,29 @@ def build_engine(directory: Path) -> Engine:
     written = tiny_config(eos_token_ids=(EOS,))
     weights = write_hf_model(directory / "base", written, seed=7)
     adapters = write_adapters(directory, written)
-    model = str(directory / "base")
-    config = read_model_config(model)
-    mesh = make_mesh(1)
-    with open_weights(model, config) as files:
-        ends, layers = load_parameters(files, config, mesh, jnp.dtype("float32"), quiet)
-    oracle = TokenOracle(config, weights)  # before readiness: it compiles the noise
-    page_bytes = config.num_layers * 2 * PAGE_SIZE * config.num_kv_heads * config.head_dim * 4
+    oracle = TokenOracle(written, weights)  # before readiness: it compiles the noise
+    loads: list[LoadFunction] = []
+
+    def keep_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
+        loads.append(adapter_loader(model, layout, max_rank))
+        return loads[0]
+
+    page_bytes = written.num_layers * 2 * PAGE_SIZE * written.num_kv_heads * written.head_dim * 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sloraj.runner.buckets.MIN_MIXED_TOKENS", MAX_NUM_TOKENS // 2)
-        runner, scheduler_config, layout, _ = build_runner(
+        core, _ = build_core(
             EngineConfig(
-                model=model, page_size=PAGE_SIZE, max_rank=MAX_RANK, max_model_len=64,
-                max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_TOKENS,
-                max_adapter_slots=6, pool_bytes=NUM_PAGES * page_bytes, checked=True,
+                model=str(directory / "base"), page_size=PAGE_SIZE, max_rank=MAX_RANK,
+                max_model_len=64, max_num_seqs=MAX_NUM_SEQS, checked=True,
+                max_num_batched_tokens=MAX_NUM_TOKENS, max_adapter_slots=16,
+                pool_bytes=NUM_PAGES * page_bytes,
             ),
-            config, mesh, "float32", ends, layers, quiet,
+            quiet,
+            make_loader=keep_loader,
         )  # fmt: skip
-    load = adapter_loader(config, layout, scheduler_config.max_rank)
-    return Engine(runner, scheduler_config, config, load, oracle, adapters)
+    runner = core._runner
+    assert isinstance(runner, DeviceRunner)
+    return Engine(runner, core._config, written, loads[0], oracle, adapters)
 
 
 class EngineDriver:
@@ -255,9 +253,3 @@ class EngineDriver:
         assert stats["num_adapters_draining"] == 0
         assert stats["num_pages_adapters_idle"] == stats["num_pages_adapters"]
         assert stats["num_pages_free"] + stats["num_pages_adapters"] == stats["num_pages"]
-
-
-def counted(driver: EngineDriver) -> collections.Counter[str]:
-    """The core's counters, by name."""
-    stats = driver.core.stats()
-    return collections.Counter({k: v for k, v in stats.items() if isinstance(v, int)})

@@ -100,7 +100,8 @@ def test_every_program_updates_the_pool_in_place(engine: Engine) -> None:
     runner = engine.runner
     pool_bytes = sum(pool.nbytes for pool in runner._state.pools)
     writers = [key for key in runner._programs if key[0] in ("forward", "install")]
-    assert len(writers) == 9  # decode 1, 2, 4, 8, 10; mixed 16, 32; install 8, 1
+    names = {key[1] for key in writers}
+    assert {"decode-1", f"decode-{MAX_NUM_SEQS}", "mixed-16", "mixed-32", 1, 8} <= names
     for key in writers:
         memory = runner._programs[key].memory_analysis()
         assert memory.alias_size_in_bytes >= pool_bytes, key

@@ -161,6 +161,25 @@ def test_a_prefill_token_attends_causally_by_absolute_position(
             assert_close(out[t], want, inner=dtype)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_scores_that_are_not_finite_show_in_their_token_and_in_no_other(
+    implementation: str, bad: float
+) -> None:
+    contexts = make_contexts(
+        lengths=[40, 20], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
+    )
+    q = queries(2, 4, 32, np.float32)
+    q[0] = bad
+    tiles, _ = make_query_tiles([(0, 39, 1), (1, 19, 1)], block_q=8, capacity=3)
+    for out in (
+        decode(contexts, q, [0, 1], [40, 20], NO_WINDOW, implementation=implementation),
+        ragged(contexts, q, tiles, NO_WINDOW, implementation=implementation),
+    ):
+        assert np.isnan(out[0]).any(axis=-1).all()
+        assert_close(out[1], contexts.attention(q[1], 1, 19, NO_WINDOW, 0.125))
+
+
 @pytest.mark.parametrize("block_heads", [1, 2, 4])
 def test_heads_may_share_a_program(block_heads: int) -> None:
     contexts = make_contexts(

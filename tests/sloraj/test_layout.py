@@ -14,6 +14,7 @@ from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from sloraj.adapters.layout import max_adapter_pages, num_adapter_pages, pack_adapter
 from sloraj.batch import PackedAdapter
 from sloraj.config import PoolLayout
+from sloraj.errors import AdapterLoadError
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
@@ -201,3 +202,23 @@ def test_a_rank_64_adapter_of_7b_packs_in_seconds_at_most() -> None:
     elapsed_s = time.perf_counter() - start
     assert packed.num_pages == 16  # 4 modules x 2 matrices x 64 rows x 4,096 / 131,072
     assert elapsed_s * 8 < 4, f"{elapsed_s * 8:.1f} s for 32 layers"
+
+
+@pytest.mark.row(30)
+@pytest.mark.parametrize(
+    ("dtype", "which", "value"),
+    [
+        ("float32", "b", 3e38),  # times its scaling
+        ("float16", "b", 5e4),
+        ("float16", "a", 1e5),
+        ("bfloat16", "b", 3e38),
+    ],
+)
+def test_values_that_overflow_the_pool_are_refused(dtype: str, which: str, value: float) -> None:
+    config = model_config()
+    weights = random_weights(config, {(0, "q_proj"): 2, (1, "o_proj"): 3})
+    module = weights.modules[1, "o_proj"]
+    module.scaling = 2.0
+    getattr(module, which)[1, 1] = value
+    with pytest.raises(AdapterLoadError, match=f"layer 1, o_proj: .* range of {dtype}"):
+        pack_adapter(weights, pool_layout(config, 2, dtype), config)
