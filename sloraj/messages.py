@@ -16,8 +16,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pass
 
 
-# --- to the engine
-# ---------------------------------------------------------------------------------
+# --- to the engine ---
 
 
 class Generate(_Message, frozen=True):
@@ -78,8 +77,7 @@ ToEngine = (
 )
 
 
-# --- from the engine
-# -------------------------------------------------------------------------------
+# --- from the engine ---
 
 
 class Progress(_Message, frozen=True):

@@ -1,16 +1,18 @@
 """Every collective of the step, by name. Each is the identity on a mesh of one.
 
-Per layer, with N devices, T tokens and padded rank R (the engine's max_rank), in elements a device
-sends on a ring:
+Elements that each of N devices sends on a ring, for T tokens, B sampled rows and padded rank R (the
+engine's max_rank, rounded up to a multiple of N):
 
-    attention, MLP    2 base all-reduces [T, D]                 Megatron
-    q, k, v           1 all-gather of [T, 3, R / N]             S-LoRA section 6.2, fused over the
-    modules gate, up          1 all-gather of [T, 2, R / N]
-    o                 1 all-reduce of [T, 1, R]
-    down              1 all-reduce of [T, 1, R]
+    a layer   base o, base down   all-reduce [T, D] each        2 x 2 (N - 1) T D / N   Megatron
+              q, k, v shrinks     all-gather [T, 3, R / N]          3 (N - 1) T R / N
+              gate, up shrinks    all-gather [T, 2, R / N]          2 (N - 1) T R / N
+              o, down shrinks     all-reduce [T, R] each        2 x 2 (N - 1) T R / N
+    once      embedding           all-reduce [T, D]                 2 (N - 1) T D / N
+              logits              all-gather [B, V / N]               (N - 1) B V / N
 
-The deltas of o and down are added to the device's own columns of the base partial sum, so the base
-all-reduce finishes them without a collective of their own.
+The shrinks' are those of S-LoRA section 6.2, fused over modules that share an input. The deltas of
+o and down are added to the device's own columns of the base partial sum, so the base all-reduce
+finishes them without a collective of their own.
 """
 
 from __future__ import annotations

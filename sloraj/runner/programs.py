@@ -1,11 +1,10 @@
-"""The compiled programs. Each is a pure function of device arrays; the runner keeps and donates
-them.
+"""The compiled programs: pure functions of device arrays, which the runner keeps and donates.
 
-forward   tokens -> logits; writes keys and values into the donated pool      one a token bucket
-sample    logits -> tokens; updates last tokens and penalty counts            one a row bucket and
-variant reset     gives rows to new sequences
+forward   tokens -> logits; writes keys and values into the donated pool    one a token bucket
+sample    logits -> tokens; updates last tokens and penalty counts    one a row bucket and variant
+reset     gives rows to new sequences
 count     counts prompt tokens for penalties
-install   copies adapter pages into the donated pool                          one a chunk size
+install   copies adapter pages into the donated pool                        one a chunk size
 bind      points a slot at an installed version
 """
 
