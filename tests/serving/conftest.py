@@ -81,7 +81,7 @@ def engine(model_dir: Path) -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def config() -> ServerConfig:
-    return ServerConfig(chat_template_timeout_s=1.0)
+    return ServerConfig()
 
 
 @pytest.fixture
