@@ -110,11 +110,14 @@ class Served:
         return far
 
     def _copy_terminal(self, near: int) -> None:
-        with open(near, "rb", buffering=0) as terminal, self._log_path.open("ab") as log:
-            with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
-                while part := terminal.read(4096):
-                    log.write(part)
-                    log.flush()
+        with (
+            open(near, "rb", buffering=0) as terminal,
+            self._log_path.open("ab") as log,
+            contextlib.suppress(OSError),  # how a terminal says that nobody writes any more
+        ):
+            while part := terminal.read(4096):
+                log.write(part)
+                log.flush()
 
     @property
     def log(self) -> str:
