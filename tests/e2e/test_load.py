@@ -20,6 +20,8 @@ MAX_MISMATCHES = 0.005  # of the answers; the demo's own accuracy is 99.95 % and
 MAX_GROWTH_MIB = 64.0
 
 
+@pytest.mark.row(37)
+@pytest.mark.row(50)
 @pytest.mark.timeout(400)
 def test_two_minutes_of_load_give_right_answers_and_leave_nothing(
     demo: Served, capsys: pytest.CaptureFixture[str]
@@ -47,9 +49,6 @@ def test_two_minutes_of_load_give_right_answers_and_leave_nothing(
         assert end[f"sloraj:engine_{name}"] == start[f"sloraj:engine_{name}"], name
     assert end["sloraj:engine_num_adapters_draining"] == 0
     assert end["sloraj:engine_runner_compiles_after_ready"] == 0
-    assert end["sloraj:engine_failed_requests"] - start["sloraj:engine_failed_requests"] == (
-        outcome.num_not_found
-    )
 
     def is_back() -> bool:
         after = [Footprint.of(pid) for pid in pids]
