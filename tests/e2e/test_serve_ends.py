@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from checkpoints.demo.tasks import TASKS
 from tests.e2e.served import Served, is_alive, served, wait_until
 from tests.e2e.streams import LONG, NUM_CHOICES, Stream
@@ -22,6 +24,7 @@ def completion_status(server: Served) -> int:
     return int(answer.status_code)
 
 
+@pytest.mark.row(46)
 def test_a_signal_lets_running_streams_end_and_turns_new_work_away(
     demo: Served, program_cache: Path, tmp_path: Path
 ) -> None:
@@ -39,6 +42,7 @@ def test_a_signal_lets_running_streams_end_and_turns_new_work_away(
         server.wait_gone()
 
 
+@pytest.mark.row(42)
 def test_a_killed_engine_fails_its_streams_and_the_server_says_so(
     demo: Served, program_cache: Path, tmp_path: Path
 ) -> None:

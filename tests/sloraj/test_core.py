@@ -53,6 +53,14 @@ def test_tokens_are_the_same_alone_and_in_any_mix() -> None:
     driver.expect_clean()
 
 
+def test_adapters_are_listed_by_name_whatever_order_they_came_in() -> None:
+    driver = CoreDriver()
+    for name in ("two", "one", "three"):
+        driver.loaded(name, "1:3")
+    listed = driver.ask(ListAdapters)
+    assert [info["adapter_id"] for info in listed] == ["one", "three", "two"]
+
+
 def test_a_stop_id_ends_a_choice_and_is_not_among_its_tokens() -> None:
     driver = CoreDriver(vocab_size=12)
     prompts = [[i, i + 1] for i in range(8)]

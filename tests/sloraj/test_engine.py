@@ -201,6 +201,15 @@ def test_progress_bars_show_the_stages(model: str, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
 
 
+def test_a_stage_that_is_done_shows_so_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = ProgressBars()
+    bars("compile", 0, 5)
+    bars("compile", 5, 5)
+    shown = capsys.readouterr().err
+    assert "compile: 100%" in shown and shown.endswith("\n")
+    bars.close()
+
+
 def test_a_bar_begins_anew_with_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     bars = ProgressBars()
     for step in [("weights", 2, 2), ("compile", 0, 5), ("compile", 5, 5)]:

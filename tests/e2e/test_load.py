@@ -1,0 +1,71 @@
+"""Two minutes of everything at once: hundreds of streams over every adapter, clients that leave,
+adapters that come and go; each answer is checked, and in the end nothing is left over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+
+import pytest
+
+from tests.e2e.load import Outcome, run_load
+from tests.e2e.served import Footprint, Served, wait_until
+
+TRAFFIC_S = float(os.environ.get("SLORAJ_LOAD_S", "115"))
+NUM_CLIENTS = 240
+MIN_IN_FLIGHT = 200
+MAX_MISMATCHES = 0.005  # of the answers; the demo's own accuracy is 99.95 % and up
+MAX_GROWTH_MIB = 64.0
+
+
+@pytest.mark.row(37)
+@pytest.mark.row(50)
+@pytest.mark.timeout(400)
+def test_two_minutes_of_load_give_right_answers_and_leave_nothing(
+    demo: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asyncio.run(run_load(demo, seconds=3, num_clients=NUM_CLIENTS))  # what is made only once
+    demo.wait_idle()
+    pids = (demo.process.pid, demo.engine_pid)
+    before = [Footprint.of(pid) for pid in pids]
+    start = demo.metrics()
+
+    outcome = asyncio.run(run_load(demo, seconds=TRAFFIC_S, num_clients=NUM_CLIENTS))
+    with capsys.disabled():
+        print(f"\n{outcome.summary()}")
+
+    assert outcome.problems == []
+    assert min(outcome.in_flight) >= MIN_IN_FLIGHT
+    assert statistics.median(outcome.running) >= MIN_IN_FLIGHT
+    assert outcome.num_cancelled and outcome.num_reloads and outcome.num_unloads
+    assert len(outcome.mismatches) < MAX_MISMATCHES * outcome.num_answers
+    assert _told_otherwise_alone(demo, outcome) == []
+
+    demo.wait_idle()
+    end = demo.metrics()
+    for name in ("num_pages_free", "num_adapters", "num_adapter_versions", "host_adapter_bytes"):
+        assert end[f"sloraj:engine_{name}"] == start[f"sloraj:engine_{name}"], name
+    assert end["sloraj:engine_num_adapters_draining"] == 0
+    assert end["sloraj:engine_runner_compiles_after_ready"] == 0
+
+    def is_back() -> bool:
+        after = [Footprint.of(pid) for pid in pids]
+        return all(
+            (now.num_threads, now.num_files) == (then.num_threads, then.num_files)
+            for now, then in zip(after, before, strict=True)
+        )
+
+    wait_until(is_back, 20, f"threads and files are as they were: {before}")
+    for pid, then in zip(pids, before, strict=True):
+        assert Footprint.of(pid).resident_mib - then.resident_mib < MAX_GROWTH_MIB
+
+
+def _told_otherwise_alone(demo: Served, outcome: Outcome) -> list[str]:
+    """Of the answers that are not the right ones: those that the same prompt alone does not get."""
+    return [
+        f"{asked.body()}: {text!r} in the crowd, {alone!r} alone"
+        for asked, text in outcome.mismatches
+        if (alone := asked.alone(demo)) != text
+    ]
