@@ -148,5 +148,6 @@ def _convert(args: argparse.Namespace) -> int:
     if args.tp < 1:
         raise ConfigError(f"tp: got {args.tp}, allowed: 1 and up", param="tp")
     _late("sloraj.convert").convert(args.model, args.out, args.tp)
-    print(f"wrote {args.out}; serve it with: sloraj serve {args.out}")
+    devices = f" --tensor-parallel-size {args.tp}" if args.tp > 1 else ""
+    print(f"wrote {args.out}; serve it with: sloraj serve {args.out}{devices}")
     return 0

@@ -85,9 +85,12 @@ def test_a_converted_model_answers_as_base_and_as_adapter(tmp_path: Path) -> Non
     assert [a.text for a in answers] == [task.answer("Hello world") for task in tasks]
 
 
-def test_another_number_of_devices_is_refused(tmp_path: Path) -> None:
+def test_another_number_of_devices_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "converted")
-    convert(str(MODEL_DIR), out, 2)
+    assert cli.main(["convert", str(MODEL_DIR), out, "--tp", "2"]) == 0
+    assert f"sloraj serve {out} --tensor-parallel-size 2" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="tensor_parallel_size: got 4, allowed: 2") as refused:
         Engine(out, tensor_parallel_size=4)
     assert refused.value.param == "tensor_parallel_size"
