@@ -16,7 +16,7 @@ from tests.e2e.engine_driver import ADAPTERS, EngineDriver
 from tests.e2e.test_same_tokens import random_params, random_prompt
 
 Start = Callable[..., EngineDriver]
-NUM_OPERATIONS = 3000
+NUM_OPERATIONS = 4000
 NAMES = ("a", "b", "c", "d", "e")
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "room for all": {},
