@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import queue
 import time
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ from sloraj.scheduler import NEEDS_DRAIN, Scheduler, TokenEvent
 
 HEARTBEAT_S = 1.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -399,6 +401,7 @@ class EngineCore:
                 self._outbox.append(Reply(call_id=message.call_id, error=wire))
 
     def _die(self, error: Exception) -> None:
+        _log.error("the engine failed", exc_info=error)
         reason = f"{type(error).__name__}: {error}"
         self._stop(InternalError(f"the engine failed: {reason}"))
         wire = error.to_wire() if isinstance(error, SlorajError) else None

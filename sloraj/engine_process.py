@@ -16,7 +16,9 @@ import sys
 import threading
 import traceback
 
+from checkpoints.errors import CheckpointError
 from sloraj import wire
+from sloraj.errors import SlorajError
 from sloraj.messages import Dead, FromEngine, Progress, Ready, Shutdown
 from sloraj.transport import Core, build_error, resolve_factory
 
@@ -45,7 +47,8 @@ def main(fd: int) -> int:
         writer.put([Ready(info=info)])
         core.run(writer.put)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, SlorajError | CheckpointError):  # these say all there is to say
+            traceback.print_exc()
         writer.put(
             [Dead(reason=f"{type(error).__name__}: {error}", error=build_error(error).to_wire())]
         )

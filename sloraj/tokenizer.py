@@ -24,6 +24,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     directory = Path(path)
     file = directory if directory.is_file() else directory / "tokenizer.json"
+    if not directory.exists():
+        raise ConfigError(
+            f"model: got {str(directory)!r}, allowed: an existing directory", param="model"
+        )
     try:
         if file.is_file():
             return Tokenizer(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.demo.tasks import TASKS
-from tests.e2e.served import Served, is_alive, served, wait_until
+from tests.e2e.served import Served, children, is_alive, served, wait_until
 from tests.e2e.streams import LONG, NUM_CHOICES, Stream
 
 TEXT = "hello world"
@@ -40,6 +40,20 @@ def test_a_signal_lets_running_streams_end_and_turns_new_work_away(
         assert all(text.startswith(TASKS["shift-3"].answer(TEXT)) for text in stream.texts)
         assert stream.events[-1] == "[DONE]"
         server.wait_gone()
+
+
+@pytest.mark.row(46)
+def test_a_signal_during_the_start_ends_both_processes(tmp_path: Path) -> None:
+    server = Served(tmp_path, tmp_path / "empty")
+    try:
+        wait_until(lambda: "memory per device" in server.log, 60, "it compiles")
+        pids = [server.process.pid, *children(server.process.pid)]
+        assert server.engine_pid in pids
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 0
+        wait_until(lambda: not any(map(is_alive, pids)), 15, "every process has ended")
+    finally:
+        server.end()
 
 
 @pytest.mark.row(42)

@@ -242,7 +242,7 @@ def test_a_fault_in_a_step_fails_everything_and_ends_the_core(verb: str) -> None
     assert driver.core.is_stopped and driver.core.step() == []
 
 
-def test_an_owner_violation_on_the_device_ends_the_core() -> None:
+def test_an_owner_violation_on_the_device_ends_the_core(caplog: pytest.LogCaptureFixture) -> None:
     driver = CoreDriver()
     driver.generate([1])
     driver.step()
@@ -253,6 +253,7 @@ def test_an_owner_violation_on_the_device_ends_the_core() -> None:
     dead = driver.messages[-1]
     assert isinstance(dead, Dead) and dead.error is not None
     assert isinstance(from_wire(dead.error), InternalError)
+    assert [record.exc_info is not None for record in caplog.records] == [True]  # where it broke
 
 
 def test_a_request_id_in_use_is_refused() -> None:

@@ -131,6 +131,12 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.param == "model"
 
 
+def test_a_directory_that_does_not_exist_is_refused_as_that(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model: got .*nothing', allowed: an existing") as caught:
+        load_tokenizer(tmp_path / "nothing")
+    assert caught.value.param == "model"
+
+
 def test_a_directory_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer: cannot read one"):
         load_tokenizer(tmp_path)

@@ -94,12 +94,13 @@ def test_the_process_builds_serves_and_stops_leaving_nothing() -> None:
         transport.send(generate())
 
 
-def test_a_typed_error_of_the_build_crosses_typed() -> None:
+def test_a_typed_error_of_the_build_crosses_typed(capsys: pytest.CaptureFixture[str]) -> None:
     transport = ProcessTransport(config("refuse"), core_factory=FACTORY)
     with pytest.raises(ConfigError, match="max_rank: got 96") as caught:
         transport.start(no_progress)
     assert caught.value.param == "max_rank"
     assert is_gone(transport.pid)
+    assert "Traceback" not in capsys.readouterr().err  # it says all there is to say
 
 
 @pytest.mark.parametrize("kind", [ThreadTransport, ProcessTransport])
@@ -113,7 +114,8 @@ def test_any_other_error_of_the_build_tells_what_it_was(capsys: pytest.CaptureFi
     transport = ProcessTransport(config("crash"), core_factory=FACTORY)
     with pytest.raises(InternalError, match=r"FileNotFoundError: model\.safetensors"):
         transport.start(no_progress)
-    assert "about to crash" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "about to crash" in shown and "Traceback" in shown
 
 
 def test_a_process_that_ends_while_building_is_reported_with_its_last_words() -> None:
