@@ -29,6 +29,9 @@ from sloraj.core import EngineCore
 from sloraj.messages import Dead, Generate, RequestFailed, TokenOutput
 
 
+NOT_RECORDED = ("out", "cache_dir", "commit")  # of this machine, or said elsewhere
+
+
 @dataclasses.dataclass(slots=True)
 class Timings:
     """Seconds of one request, from the start of the run."""
@@ -173,7 +176,7 @@ def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "device": info["device"],
         "commit": args.commit or commit(),
         "jax": jax.__version__,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
         "engine": {k: v for k, v in info.items() if k != "model_path"},
         "startup_s": startup_s,
         "startup_stages": stages,
