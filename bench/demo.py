@@ -64,12 +64,7 @@ def measure(num_texts: int, *, process: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=25, help="per adapter")
-    parser.add_argument("--process", action="store_true", help="engine in a process of its own")
-    parser.add_argument("--commit", help="where the tree is not a repository")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = _parse()
     result = {
         "bench": "demo",
         "commit": args.commit or commit(),
@@ -81,6 +76,15 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
     print(text)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--texts", type=int, default=25, help="per adapter")
+    parser.add_argument("--process", action="store_true", help="engine in a process of its own")
+    parser.add_argument("--commit", help="where the tree is not a repository")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
