@@ -28,7 +28,6 @@ from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
 from sloraj.messages import Dead, Generate, RequestFailed, TokenOutput
 
-
 NOT_RECORDED = ("out", "cache_dir", "commit")  # of this machine, or said elsewhere
 
 

@@ -206,8 +206,8 @@ def _read_module(
     rank = check_shapes(file, peft, config, key, names)
     if rank > max_rank:
         raise InvalidCheckpoint(
-            f"{file.path}: {path} has rank {rank} > max_lora_rank {max_rank}: restart with "
-            f"--max-lora-rank {rank}",
+            f"{file.path}: {path} has rank {rank} > max_rank {max_rank}: restart with "
+            f"--max-rank {rank}",
             field="r",
         )
     scaling = peft.scaling_of(path)

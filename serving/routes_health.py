@@ -4,7 +4,6 @@ needed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -13,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from serving import models
 from serving.state import server_state
+from sloraj import __version__
 from sloraj.errors import EngineUnavailable, SlorajError
 
 log = logging.getLogger("serving")
@@ -43,15 +43,8 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body, status_code=200 if reason is None else 503, headers=headers)
 
 
-def package_version() -> str:
-    try:
-        return importlib.metadata.version("sloraj")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "0+checkout"
-
-
 async def version(request: Request) -> Response:
-    return JSONResponse({"version": package_version()})
+    return JSONResponse({"version": __version__})
 
 
 async def metrics(request: Request) -> Response:

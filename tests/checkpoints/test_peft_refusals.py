@@ -149,7 +149,7 @@ def test_rank_above_the_limit_is_refused_with_the_way_out(tmp_path: Path) -> Non
     write_adapter(tmp_path, CONFIG, seed=0, ranks={"q_proj": 8, "v_proj": 33})
     assert read_adapter(str(tmp_path), CONFIG, max_rank=33).max_rank == 33
     error = refusal(tmp_path, max_rank=32)
-    assert "rank 33 > max_lora_rank 32: restart with --max-lora-rank 33" in str(error)
+    assert "rank 33 > max_rank 32: restart with --max-rank 33" in str(error)
 
 
 # Row 29: nothing is skipped
