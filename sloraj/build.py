@@ -133,7 +133,10 @@ def build_runner(
         config.max_model_len or max_context(model_config), max_context(model_config)
     )
     adapter_pages = max_adapter_pages(layout, model_config, max_rank)
-    plan = _plan(config, model_config, layout, device, max_model_len, adapter_pages)
+    weight_bytes = sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((ends, layers))
+    )
+    plan = _plan(config, model_config, layout, device, weight_bytes, max_model_len, adapter_pages)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
     model = _abstract(model_config, tp, config.page_size, max_rank, kernels, dtype)
@@ -202,6 +205,7 @@ def _plan(
     model: ModelConfig,
     layout: PoolLayout,
     device: jax.Device,
+    weight_bytes: int,
     max_model_len: int,
     adapter_pages: int,
 ) -> MemoryPlan:
@@ -209,7 +213,7 @@ def _plan(
     return plan_memory(
         layout,
         limit_bytes=memory.get("bytes_limit"),
-        in_use_bytes=memory.get("bytes_in_use", 0),
+        in_use_bytes=memory.get("bytes_in_use", weight_bytes),
         workspace_bytes=_workspace_bytes(config, model, layout) if memory else 0,
         pool_bytes=config.pool_bytes,
         min_pages=1 + div_ceil(max_model_len, config.page_size) + adapter_pages,
