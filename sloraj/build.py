@@ -129,14 +129,20 @@ def build_runner(
         dtype=dtype,
     )
     max_rank = div_ceil(config.max_rank or DEFAULT_MAX_RANK, tp) * tp
-    max_model_len = min(
-        config.max_model_len or max_context(model_config), max_context(model_config)
+    context = min(config.max_model_len or max_context(model_config), max_context(model_config))
+    # A length that nobody asked for gives way to the memory there is; one asked for does not. On
+    # CPU the pool is made large enough instead.
+    is_bounded = config.max_model_len is None and (
+        device.platform != "cpu" or config.pool_bytes is not None
     )
     adapter_pages = max_adapter_pages(layout, model_config, max_rank)
     weight_bytes = sum(
         leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((ends, layers))
     )
-    plan = _plan(config, model_config, layout, device, weight_bytes, max_model_len, adapter_pages)
+    num_tokens = config.page_size if is_bounded else context
+    min_pages = 1 + div_ceil(num_tokens, config.page_size) + adapter_pages
+    plan = _plan(config, model_config, layout, device, weight_bytes, min_pages)
+    max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
     model = _abstract(model_config, tp, config.page_size, max_rank, kernels, dtype)
@@ -206,8 +212,7 @@ def _plan(
     layout: PoolLayout,
     device: jax.Device,
     weight_bytes: int,
-    max_model_len: int,
-    adapter_pages: int,
+    min_pages: int,
 ) -> MemoryPlan:
     memory = (device.memory_stats() or {}) if device.platform != "cpu" else {}
     return plan_memory(
@@ -216,7 +221,7 @@ def _plan(
         in_use_bytes=memory.get("bytes_in_use", weight_bytes),
         workspace_bytes=_workspace_bytes(config, model, layout) if memory else 0,
         pool_bytes=config.pool_bytes,
-        min_pages=1 + div_ceil(max_model_len, config.page_size) + adapter_pages,
+        min_pages=min_pages,
     )
 
 

@@ -27,7 +27,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     page_size: int = 16  # tokens a KV page
     pool_bytes: int | None = None  # per device; None: what is left on a GPU, 256 MiB on CPU
-    max_model_len: int | None = None  # None: the model's, which also bounds it
+    max_model_len: int | None = None  # None: the model's, or what the pool can hold
     max_num_seqs: int | None = None  # None: 256 on a GPU, 16 on CPU
     max_num_batched_tokens: int | None = None  # a step; None: 2048 on a GPU, 128 on CPU
     max_rank: int | None = None  # None: the largest rank among the adapters given, at least 64
