@@ -94,14 +94,14 @@ def abstract_state(config: RunnerConfig, mesh: Mesh, vocab_size: int) -> DeviceS
     def whole(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
-    pool = jax.ShapeDtypeStruct(
+    pool: Any = jax.ShapeDtypeStruct(
         (config.num_pages, layout.tp * layout.page_elems),
         jnp.dtype(layout.dtype),
         sharding=NamedSharding(mesh, POOL_SPEC),
     )
     return DeviceState(
         forward=ForwardState(
-            pools=[pool] * layout.num_layers,  # type: ignore[list-item]  # abstract
+            pools=[pool] * layout.num_layers,
             page_table=whole(num_rows, div_ceil(config.max_model_len, layout.page_size)),
             owners=whole(config.num_pages) if config.checked else None,
         ),
