@@ -24,7 +24,14 @@ from bench.demo_data import (
 )
 from bench.demo_evaluate import accuracies
 from bench.demo_export import adapter_tensors, write_model
-from bench.demo_model import DEMO_CONFIG, AdapterShape, Params, forward, init_adapters
+from bench.demo_model import (
+    DEMO_CONFIG,
+    AdapterShape,
+    Params,
+    forward,
+    init_adapters,
+    init_params,
+)
 from checkpoints.demo import ADAPTERS_DIR, MODEL_DIR
 from checkpoints.demo.tasks import BASE_TASK, TASKS, prompt
 from checkpoints.model_config import TARGET_MODULES
@@ -36,6 +43,15 @@ ROW_LENGTH = 96
 def base_params() -> Params:
     stored = load_file(MODEL_DIR / "model.safetensors")
     return {name: jnp.asarray(array, jnp.float32) for name, array in stored.items()}
+
+
+def test_a_new_model_has_the_tensors_of_the_committed_file(base_params: Params) -> None:
+    new = jax.eval_shape(lambda: init_params(jax.random.key(0), DEMO_CONFIG))
+    shapes = {name: array.shape for name, array in new.items()}
+    tags = (len(TASKS), DEMO_CONFIG.hidden_size)  # rows that only training has
+    embedding = base_params["model.embed_tokens.weight"]
+    expected = {**base_params, "model.embed_tokens.weight": np.vstack([embedding, np.zeros(tags)])}
+    assert shapes == {name: array.shape for name, array in expected.items()}
 
 
 def test_packed_rows_unpack_to_the_samples_in_order() -> None:
