@@ -163,9 +163,7 @@ class Generation:
         self._bridge.forget(self)
 
     def _abort(self) -> None:
-        for engine_id in self._engine_ids:
-            with contextlib.suppress(EngineUnavailable):  # a dead engine runs nothing
-                self._bridge.engine.abort(engine_id)
+        self._bridge.abort(self._engine_ids)
 
 
 class Bridge:
@@ -191,6 +189,19 @@ class Bridge:
     def fail_all(self, failure: Exception) -> None:
         for generation in list(self._generations):
             generation.fail(failure)
+
+    def abort(self, engine_ids: Sequence[str]) -> None:
+        """Let the engine drop requests, without waiting: an engine that stands still does not read,
+        and must not make the event loop stand still.
+        """
+
+        def abort_all() -> None:
+            for engine_id in engine_ids:
+                with contextlib.suppress(EngineUnavailable):  # a dead engine runs nothing
+                    self.engine.abort(engine_id)
+
+        with contextlib.suppress(RuntimeError):  # closed: the engine has ended with all it ran
+            self._executor.submit(abort_all)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking function on the bridge's threads."""

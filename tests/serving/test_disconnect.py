@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from typing import Any
 
@@ -130,4 +131,27 @@ class TestRequestTimeout:
         answer = httpx2.post(f"{live.url}/v1/completions", json=body)
         assert answer.status_code == 503
         assert "longer than 0.2 s" in answer.json()["error"]["message"]
-        assert engine.num_running == 0
+        wait_until(lambda: engine.num_running == 0, 1)
+
+
+class TestAnEngineThatStandsStill:
+    def test_does_not_stop_the_event_loop(
+        self, live: LiveServer, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        has_begun, may_end = threading.Event(), threading.Event()
+
+        def blocking_abort(_: str) -> None:
+            has_begun.set()
+            may_end.wait(20)
+
+        monkeypatch.setattr(engine, "abort", blocking_abort)
+        engine.token_delay_s = 0.05
+        with socket.socket() as peer:
+            peer.connect(("127.0.0.1", live.port))
+            peer.sendall(request("/v1/completions", {"prompt": "abc", "max_tokens": 200}))
+            wait_until(lambda: engine.num_running > 0)
+        try:
+            assert has_begun.wait(5)
+            assert httpx2.get(f"{live.url}/health", timeout=2).status_code == 200
+        finally:
+            may_end.set()
