@@ -10,6 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving.adapter_schemas import is_adapter_name
+from tests.serving.conftest import wait_until
 from tests.serving.fake_engine import FakeEngine
 
 
@@ -66,7 +67,7 @@ def test_names_that_are_none_are_refused_without_touching_a_file(
     assert response.json()["error"]["code"] == "model_not_found"
     assert len(response.content) < 1000
     assert "\n" not in response.json()["error"]["message"]
-    assert engine.num_running == 0
+    wait_until(lambda: engine.num_running == 0, 1)
     assert not [path for path in opened if isinstance(path, str) and name and name in path]
 
 

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from serving.replies import Choice, CompletionReply
 from serving.sse import event
+from tests.serving.conftest import wait_until
 from tests.serving.fake_engine import FakeEngine
 
 
@@ -160,7 +161,7 @@ def test_a_fault_of_ours_in_mid_stream_is_told_without_its_text(
     assert len(bodies) == 2
     assert bodies[1]["error"]["code"] == "internal_error"
     assert "secret" not in bodies[1]["error"]["message"]
-    assert engine.num_running == 0
+    wait_until(lambda: engine.num_running == 0, 1)
 
 
 def test_a_fault_of_ours_before_it_is_a_500_without_its_text(
