@@ -173,6 +173,8 @@ class Bridge:
         self.engine = engine
         self._generations: set[Generation] = set()
         self._executor = concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="bridge")
+        # Its own, so that no abort waits behind the tokenizing of long prompts.
+        self._aborts = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bridge-abort")
 
     @property
     def num_generations(self) -> int:
@@ -201,7 +203,7 @@ class Bridge:
                     self.engine.abort(engine_id)
 
         with contextlib.suppress(RuntimeError):  # closed: the engine has ended with all it ran
-            self._executor.submit(abort_all)
+            self._aborts.submit(abort_all)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking function on the bridge's threads."""
@@ -220,4 +222,5 @@ class Bridge:
             raise CapacityError(f"the engine did not answer within {timeout_s:g} s") from exc
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._aborts):
+            executor.shutdown(wait=False, cancel_futures=True)
