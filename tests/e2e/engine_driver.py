@@ -19,23 +19,15 @@ from sloraj.adapters.loader import LoadFunction
 from sloraj.build import adapter_loader, build_core
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
 from sloraj.core import EngineCore
-from sloraj.errors import SlorajError, from_wire
 from sloraj.messages import (
     Abort,
-    Dead,
-    Generate,
-    LoadAdapter,
-    Reply,
-    RequestFailed,
-    TokenOutput,
-    UnloadAdapter,
 )
 from sloraj.request import SamplingParams
 from sloraj.runner import DeviceRunner
 from tests.checkpoints.fixtures import tiny_config, write_adapter, write_hf_model
 from tests.e2e.driver import quiet
 from tests.e2e.token_oracle import Adapter, TokenOracle
-from tests.sloraj.core_driver import Answer, HandExecutor
+from tests.sloraj.conversation import Conversation
 
 PAGE_SIZE = 4
 MAX_RANK = 8
@@ -109,16 +101,15 @@ def build_engine(directory: Path) -> Engine:
     return Engine(runner, core._config, written, loads[0], oracle, adapters)
 
 
-class EngineDriver:
+class EngineDriver(Conversation):
     """One core on the shared runner, and all that it has said so far."""
 
     _first_tags = itertools.count(1, 1_000_000)
 
     def __init__(self, engine: Engine, **changes: Any) -> None:
+        super().__init__()
         self.engine = engine
         self.config = dataclasses.replace(engine.config, **changes)
-        self.executor = HandExecutor()
-        self.now_s = 1000.0
         self.core = EngineCore(
             self.config,
             engine.runner,
@@ -130,37 +121,18 @@ class EngineDriver:
         self.core._next_tag = itertools.count(next(self._first_tags)).__next__
         self.core._host_store._next_tag = self.core._next_tag
         self.requests: dict[str, tuple[list[int], dict[str, Any]]] = {}
-        self.answers: dict[tuple[str, int], Answer] = {}
-        self.failures: dict[str, SlorajError] = {}
-        self.replies: dict[int, Any] = {}
-        self.death: str | None = None
-        self._ids = itertools.count(1)
 
     # --- what a frontend would do ---
 
     def generate(self, prompt: list[int], adapter_id: str | None = None, **params: Any) -> str:
         """Greedy unless said, as frontends send it: `seed` resolved."""
-        request_id = f"r{next(self._ids)}"
         params = {"temperature": 0.0, "max_tokens": 8, "seed": 0, **params}
+        request_id = self.submit(prompt, params, adapter_id)
         self.requests[request_id] = (prompt, params)
-        self.core.submit(
-            Generate(
-                request_id=request_id,
-                prompt_token_ids=prompt,
-                params=params,
-                adapter_id=adapter_id,
-            )
-        )
         return request_id
 
     def abort(self, request_id: str) -> None:
         self.core.submit(Abort(request_id=request_id))
-
-    def load(self, adapter_id: str, path: str, **options: Any) -> int:
-        call_id = next(self._ids)
-        message = LoadAdapter(call_id=call_id, adapter_id=adapter_id, path=path, **options)
-        self.core.submit(message)
-        return call_id
 
     def loaded(self, adapter_id: str, content: int, **options: Any) -> str:
         """Load adapter number `content`; its version."""
@@ -176,17 +148,10 @@ class EngineDriver:
         assert isinstance(version, str)
         return version
 
-    def unload(self, adapter_id: str) -> int:
-        call_id = next(self._ids)
-        self.core.submit(UnloadAdapter(call_id=call_id, adapter_id=adapter_id))
-        return call_id
-
     # --- time ---
 
     def step(self) -> None:
-        self.now_s += 0.01
-        for message in self.core.step():
-            self._hear(message)
+        self.take_step()
         assert self.death is None, self.death  # a violation of ownership is a death, too
 
     def run(self, max_steps: int = 5000) -> None:
@@ -198,28 +163,6 @@ class EngineDriver:
                 return
             self.step()
         raise AssertionError(f"not idle after {max_steps} steps")
-
-    def _hear(self, message: Any) -> None:
-        match message:
-            case TokenOutput():
-                key = (message.request_id, message.index)
-                answer = self.answers.setdefault(key, Answer())
-                assert answer.finish_reason is None, "tokens after the finish"
-                assert message.request_id not in self.failures, "tokens after a failure"
-                answer.token_ids += message.token_ids
-                answer.finish_reason = message.finish_reason
-                answer.stop_token_id = message.stop_token_id
-                answer.versions.add(message.adapter_version)
-                answer.logprobs += message.logprobs or []
-            case RequestFailed():
-                assert message.request_id not in self.failures, "failed twice"
-                self.failures[message.request_id] = from_wire(message.error)
-            case Reply():
-                assert message.call_id not in self.replies, "replied twice"
-                error = message.error
-                self.replies[message.call_id] = message.value if error is None else from_wire(error)
-            case Dead():
-                self.death = message.reason
 
     # --- what is right ---
 

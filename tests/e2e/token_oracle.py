@@ -21,7 +21,7 @@ from sloraj.admission import choice_seed
 from sloraj.config import SchedulerConfig
 from sloraj.request import SamplingParams
 from tests.oracle import numpy_llama
-from tests.sloraj.core_driver import Answer
+from tests.sloraj.conversation import Answer
 
 Float = NDArray[np.float64]
 Bools = NDArray[np.bool_]
