@@ -28,7 +28,6 @@ from sloraj.adapters.layout import max_adapter_pages
 from sloraj.config import PoolLayout
 from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.parallel.mesh import local_kv_heads
-from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import CompileJob
 from sloraj.runner.jobs import make_jobs
@@ -56,8 +55,7 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
         head_dim=config.head_dim, page_size=16, tp=tp, dtype="bfloat16",
     )  # fmt: skip
     spec = StepSpec(config=config, tp=tp, page_size=16, max_rank=64, kernels=args.kernels)
-    rules = tuple(layer_rules(config, tp, i) for i in range(config.num_layers))
-    model = abstract_model(spec, rules, top_rules(config, tp), jnp.dtype("bfloat16"))
+    model = abstract_model(spec, jnp.dtype("bfloat16"))
     runner_config = RunnerConfig(
         layout=layout, num_pages=args.num_pages, max_num_seqs=128, max_model_len=1024,
         max_adapter_slots=1024, max_adapter_pages=max_adapter_pages(layout, config, 64),

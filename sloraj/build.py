@@ -32,17 +32,15 @@ from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, r
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
-from sloraj.model.llama import Model, StepSpec, abstract_model
+from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.model.rope import max_context
-from sloraj.model.weights import Leaves, load_parameters, random_parameters
+from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
-from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
-Progress = Callable[[str, int, int], None]
 MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
@@ -67,9 +65,9 @@ def build_core(
     check_divisible(model_config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
     config = resolve(config, jax.default_backend())
+    adapters = find_adapters(config)
     ends, layers = _load(config, model_config, mesh, on_progress)
     loaded_s = time.monotonic() - started
-    adapters = find_adapters(config)
     runner, scheduler_config, layout, info = build_runner(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, ends, layers, on_progress,
@@ -145,9 +143,11 @@ def build_runner(
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
-    model = _abstract(model_config, tp, config.page_size, max_rank, kernels, dtype)
+    spec = StepSpec(
+        config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
+    )
     runner = DeviceRunner(
-        model,
+        abstract_model(spec, jnp.dtype(dtype)),
         ends,
         layers,
         mesh,
@@ -196,14 +196,6 @@ def build_runner(
 
 def _names(buckets: Buckets) -> str:
     return ", ".join(b.name for b in (*buckets.decode, *buckets.mixed))
-
-
-def _abstract(
-    config: ModelConfig, tp: int, page_size: int, max_rank: int, kernels: str, dtype: str
-) -> Model:
-    spec = StepSpec(config=config, tp=tp, page_size=page_size, max_rank=max_rank, kernels=kernels)
-    rules = tuple(layer_rules(config, tp, i) for i in range(config.num_layers))
-    return abstract_model(spec, rules, top_rules(config, tp), jnp.dtype(dtype))
 
 
 def _plan(

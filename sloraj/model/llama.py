@@ -27,7 +27,7 @@ from sloraj.parallel.collectives import (
     sum_partial,
 )
 from sloraj.parallel.mesh import local_kv_heads
-from sloraj.parallel.sharding import ParamRule
+from sloraj.parallel.sharding import ParamRule, layer_rules, top_rules
 
 UNLIMITED = 2**31 - 1  # window of full attention
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(len(TARGET_MODULES))
@@ -288,16 +288,14 @@ def _state(leaves: dict[str, jax.Array]) -> nnx.State:
     return nnx.State({name: nnx.Param(value) for name, value in leaves.items()})
 
 
-def abstract_model(
-    spec: StepSpec,
-    layer_rules: tuple[dict[str, ParamRule], ...],
-    end_rules: dict[str, ParamRule],
-    dtype: jnp.dtype,
-) -> Model:
+def abstract_model(spec: StepSpec, dtype: jnp.dtype) -> Model:
     """The model without its arrays."""
-    layer = nnx.eval_shape(lambda: DecoderLayer(layer_rules[0], dtype))
+    config, tp = spec.config, spec.tp
+    rules = tuple(layer_rules(config, tp, index) for index in range(config.num_layers))
+    end_rules = top_rules(config, tp)
+    layer = nnx.eval_shape(lambda: DecoderLayer(rules[0], dtype))
     ends = nnx.eval_shape(lambda: Ends(end_rules, dtype))
-    return Model(spec, layer_rules, end_rules, nnx.split(layer)[0], nnx.split(ends)[0])
+    return Model(spec, rules, end_rules, nnx.split(layer)[0], nnx.split(ends)[0])
 
 
 def forward(

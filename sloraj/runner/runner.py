@@ -7,7 +7,7 @@ one, so the device never waits for Python. Nothing here decides what runs: that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from sloraj.batch import (
     TokenLogprobs,
 )
 from sloraj.model.llama import Model
-from sloraj.model.weights import Leaves
+from sloraj.model.weights import Leaves, Progress
 from sloraj.runner.buckets import Bucket, Buckets
 from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
@@ -34,8 +34,6 @@ from sloraj.runner.programs import COUNT_TOKENS
 from sloraj.runner.rows import RESETS, has_penalties, needs_full_sampling, pack_resets
 from sloraj.runner.state import STAGING_SPEC, RunnerConfig, StepLogits, abstract_state, zeros
 from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

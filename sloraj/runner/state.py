@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from checkpoints.model_config import TARGET_MODULES
 from sloraj.config import PoolLayout, div_ceil
 from sloraj.parallel.mesh import AXIS, replicated
-from sloraj.runner.rows import NUM_BIAS, RowState
+from sloraj.runner.rows import FLOATS, INTS, NUM_BIAS, RowState
 from sloraj.sampler import SamplingRows, TokenCounts
 
 POOL_SPEC = PartitionSpec(None, AXIS)
@@ -122,9 +122,8 @@ def abstract_state(config: RunnerConfig, mesh: Mesh, vocab_size: int) -> DeviceS
 
 
 def _abstract_rows(num_rows: int, whole: Any) -> RowState:
-    floats = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
-    sampling = {name: whole(num_rows, dtype=jnp.float32) for name in floats}
-    sampling |= {name: whole(num_rows) for name in ("top_k", "seed", "prompt_len")}
+    sampling = {name: whole(num_rows, dtype=jnp.float32) for name in FLOATS}
+    sampling |= {name: whole(num_rows) for name in INTS}
     return RowState(
         slot=whole(num_rows),
         tag=whole(num_rows),

@@ -18,7 +18,6 @@ from sloraj.config import PoolLayout, div_ceil
 from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.model.weights import load_parameters
 from sloraj.parallel.mesh import local_kv_heads, make_mesh
-from sloraj.parallel.sharding import layer_rules, top_rules
 from sloraj.request import SamplingParams, Sequence
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import make_buckets
@@ -51,7 +50,6 @@ class Driver:
     ) -> None:
         self.config = config = read_model_config(model)
         mesh = make_mesh(tp)
-        rules = tuple(layer_rules(config, tp, i) for i in range(config.num_layers))
         spec = StepSpec(
             config=config, tp=tp, page_size=page_size, max_rank=max_rank, kernels=kernels
         )
@@ -64,7 +62,7 @@ class Driver:
         buckets = make_buckets(max_num_seqs, max_num_tokens, page_size, 16)
         buckets = dataclasses.replace(buckets, decode=buckets.decode[-1:])  # one will do
         self.runner = DeviceRunner(
-            abstract_model(spec, rules, top_rules(config, tp), jnp.dtype(dtype)),
+            abstract_model(spec, jnp.dtype(dtype)),
             ends, layers, mesh, buckets,
             RunnerConfig(
                 layout=self.layout, num_pages=num_pages, max_num_seqs=max_num_seqs,
