@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from checkpoints.errors import CheckpointError
+from checkpoints.tokenizer_files import read_chat_templates
 from serving import template_worker
 from sloraj.errors import ConfigError, InvalidRequest
 
@@ -26,26 +28,13 @@ _READ_BYTES = 1 << 16
 
 
 def find_template(model_path: str) -> str | None:
-    """The template in a Hugging Face directory: chat_template.jinja, or the one in
-    tokenizer_config.json.
-
-    A list of named templates gives the one named "default". None if there is none. Raises
-    ConfigError for files that cannot be read.
+    """The template in a Hugging Face directory that is used unless another is asked for; None if
+    there is none. Raises ConfigError for files that cannot be read.
     """
-    folder = Path(model_path)
     try:
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        if not (folder / "tokenizer_config.json").is_file():
-            return None
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        return read_chat_templates(model_path).get("default")
+    except (CheckpointError, OSError) as exc:
         raise ConfigError(f"chat template of {model_path}: {exc}") from exc
-    found = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(found, list):
-        named = {item["name"]: item["template"] for item in found if isinstance(item, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
 
 
 class _Worker:
