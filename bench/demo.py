@@ -9,7 +9,6 @@ by the task's own program. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 
-from bench.offline import commit
+from bench.record import commit, record
 from checkpoints.demo import ADAPTERS_DIR, MODEL_DIR
 from checkpoints.demo.tasks import BASE_TASK, TASKS, prompt, random_text
 from sloraj import Engine, SamplingParams
@@ -71,11 +70,7 @@ def main() -> None:
         "jax": jax.__version__,
         **measure(args.texts, process=args.process),
     }
-    text = json.dumps(result, indent=1)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    print(text)
+    record(result, args.out)
 
 
 def _parse() -> argparse.Namespace:

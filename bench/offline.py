@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 
 from bench.geometries import GEOMETRIES, write_geometry
 from bench.random_adapters import random_adapter_loader
+from bench.record import commit, record
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
@@ -123,24 +122,12 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
 
 
-def commit() -> str:
-    """The commit of this tree, or "unknown" outside a repository."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     args = _parse()
     with tempfile.TemporaryDirectory() as scratch:
         model = write_geometry(args.geometry, Path(scratch))
         result = _measure(args, model)
-    text = json.dumps(result, indent=1)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    print(text)
+    record(result, args.out)
 
 
 def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:

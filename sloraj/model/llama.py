@@ -47,7 +47,7 @@ class StepSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have valid False and page
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have length 0 and page
     0.
     """
 
