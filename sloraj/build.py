@@ -36,9 +36,10 @@ from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
-from sloraj.runner import DeviceRunner, lora_variants
+from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
+from sloraj.runner.lora_variants import MODULES
 from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
@@ -46,6 +47,8 @@ MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
 BLOCK_Q = {"xla": 16, "triton": 64}
+# On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
+LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
@@ -150,8 +153,7 @@ def build_runner(
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
-    if kernels != "xla":  # a reference costs no launch of its own, and compiling takes longer
-        buckets = dataclasses.replace(buckets, lora_variants=tuple(lora_variants.MODULES))
+    buckets = dataclasses.replace(buckets, lora_variants=LORA_VARIANTS[device.platform])
     spec = StepSpec(
         config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
     )
