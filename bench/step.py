@@ -220,9 +220,8 @@ def table(cases: list[dict[str, Any]]) -> str:
         )
         for kind in ("profile", "prefill_profile"):
             for group, cost in sorted(case.get(kind, {}).get("groups", {}).items()):
-                lines.append(
-                    f"     {kind:16s} {group:14s} {cost['us']:9.1f} us {cost['kernels']:7.1f} kernels"
-                )
+                us, kernels = cost["us"], cost["kernels"]
+                lines.append(f"     {kind:16s} {group:14s} {us:9.1f} us {kernels:7.1f} kernels")
     return "\n".join(lines)
 
 
