@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention_blocks import KvPages, Softmax, divide_seen
+from pallas_kernels.attention_blocks import (
+    KvPages,
+    Softmax,
+    attend_blocks,
+    divide_seen,
+    whole_blocks,
+    window_blocks,
+)
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
@@ -52,16 +59,16 @@ def _kernel(
     config: Config,
     page_size: int,
     scale: float,
+    interpret: bool,
 ) -> None:
     token, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, num_kv_heads, _, group, head_dim = out_ref.shape
     length = lengths_ref[token]
     begin = jnp.maximum(0, length - window_ref[0])
-    first_block = jax.lax.div(begin, jnp.int32(config.block_kv))
-    num_blocks = pl.cdiv(length, config.block_kv) - first_block
-    split_blocks = pl.cdiv(num_blocks, config.num_splits)
+    first_block, last_block = window_blocks(begin, length, config.block_kv)
+    split_blocks = pl.cdiv(last_block - first_block, config.num_splits)
     first = first_block + split * split_blocks
-    last = jnp.minimum(first + split_blocks, first_block + num_blocks)
+    last = jnp.minimum(first + split_blocks, last_block)
 
     num_queries = max(MIN_DOT, next_power_of_2(group))
     head = jnp.arange(num_queries, dtype=jnp.int32)
@@ -75,14 +82,21 @@ def _kernel(
         pool_ref, page_table_ref, rows_ref[token], kv_head, num_kv_heads, page_size, head_dim
     )
 
-    def attend_block(block: jax.Array, softmax: Softmax) -> Softmax:
-        position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
-        visible = (position >= begin) & (position < length)
-        k, v = pages.load(0, position, visible), pages.load(1, position, visible)
-        return softmax.attend(q, k, v, jnp.broadcast_to(visible[None, :], scores_shape), scale)
+    def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
+        written, visible = (length, None) if is_edge else (None, None)
+        if is_edge:
+            position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
+            visible = ((position >= begin) & (position < length))[None, :]
+        k = pages.load(0, block, config.block_kv, written)
+        v = pages.load(1, block, config.block_kv, written)
+        return softmax.attend(q, k, lambda: v, visible, scale=scale, interpret=interpret)
 
-    scores_shape = (num_queries, config.block_kv)
-    softmax = jax.lax.fori_loop(first, last, attend_block, Softmax.empty(num_queries, head_dim))
+    softmax = attend_blocks(
+        attend_block,
+        Softmax.empty(num_queries, head_dim),
+        (first, last),
+        whole_blocks(begin, length, config.block_kv),
+    )
     out = softmax.normalised() if config.num_splits == 1 else softmax.out
     place = [jnp.full_like(head, index) for index in (token, kv_head, split)]
     pltriton.store(
@@ -128,7 +142,9 @@ def decode_attention_triton(
     parts = (num_tokens, num_kv_heads, config.num_splits, num_heads // num_kv_heads)
     out_dtype = q.dtype if config.num_splits == 1 else jnp.float32
     out, highest, total = triton_call(
-        functools.partial(_kernel, config=config, page_size=page_size, scale=scale),
+        functools.partial(
+            _kernel, config=config, page_size=page_size, scale=scale, interpret=interpret
+        ),
         (
             jax.ShapeDtypeStruct((*parts, head_dim), out_dtype),
             jax.ShapeDtypeStruct(parts, jnp.float32),
