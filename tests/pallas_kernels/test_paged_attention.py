@@ -104,22 +104,22 @@ def test_a_decode_row_attends_to_its_visible_positions_only(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
     contexts = make_contexts(
-        lengths=[300, 3, 129],
+        lengths=[700, 3, 129],
         num_kv_heads=2,
         head_dim=32,
         page_size=16,
         dtype=np.float32,
         seed=1,
-        pages_per_row=40,
+        pages_per_row=50,
     )
     q = queries(4, 4, 32, np.float32)
-    rows, lengths = [0, 1, 2, 0], [300, 3, 129, 0]
+    rows, lengths = [0, 1, 2, 0], [700, 3, 129, 0]
     keywords: dict[str, Any] = {"implementation": implementation}
     for window in (NO_WINDOW, 100):
-        for splits in (1, 4) if implementation == "triton" else (1,):
+        for extra_parts in (0, 2, 40) if implementation == "triton" else (0,):
             if implementation == "triton":
                 keywords["config"] = decode_attention_triton.Config(
-                    num_splits=splits, block_kv=32, num_warps=4, num_stages=2
+                    extra_parts=extra_parts, min_part=32, block_kv=32, num_warps=4, num_stages=2
                 )
             out = decode(contexts, q, rows, lengths, window, **keywords)
             for token in range(3):
