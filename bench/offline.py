@@ -3,7 +3,8 @@
     python -m bench.offline --geometry llama-7b --adapters 200 --ranks 64,32,16,8 --requests 256 \\
         --input 512 --output 128 --max-num-seqs 128 --out bench/results/.../offline.json
 
-Runs the requests twice on one engine: on the base model alone, then spread over the adapters.
+Runs the requests on one engine: on the base model alone, then spread over the adapters, first
+with none of them on the device (cold), then with all (warm).
 Prompts are random token ids, generation is greedy and ignores eos. The result is one JSON object.
 """
 
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from bench.geometries import GEOMETRIES, write_geometry
+from bench.host import StepLog, Verbs, gpu_busy, raw_step_s
 from bench.random_adapters import random_adapter_loader
 from bench.record import commit, record
 from sloraj.build import build_core
@@ -27,7 +29,7 @@ from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
 from sloraj.messages import Dead, Generate, RequestFailed, TokenOutput
 
-NOT_RECORDED = ("out", "cache_dir", "commit")  # of this machine, or said elsewhere
+NOT_RECORDED = ("out", "cache_dir", "commit", "trace")  # of this machine, or said elsewhere
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,6 +45,7 @@ def run_requests(
     core: EngineCore, prompts: np.ndarray, adapters: list[str | None], num_output: int, tag: str
 ) -> dict[str, Any]:
     """Submit every request at once and step until all have finished."""
+    log, verbs = StepLog(core), Verbs(core)
     timings = {f"{tag}-{i}": Timings() for i in range(len(prompts))}
     before = core.stats()
     params = {"max_tokens": num_output, "temperature": 0.0, "ignore_eos": True, "seed": 0}
@@ -59,6 +62,7 @@ def run_requests(
     while num_open:
         messages = core.step()
         now = time.perf_counter() - started
+        log.end_step(now)
         steps.append((now, len(messages)))
         for message in messages:
             if isinstance(message, RequestFailed | Dead):
@@ -70,7 +74,14 @@ def run_requests(
                 timing.num_tokens += len(message.token_ids)
                 num_open -= message.finish_reason is not None
     wall_s = time.perf_counter() - started
-    return _summary(core, before, timings, wall_s, prompts.size) | _decode_steps(timings, steps)
+    log.close()
+    verbs.close()
+    return {
+        **_summary(core, before, timings, wall_s, prompts.size),
+        **_decode_steps(timings, steps),
+        "buckets": log.table(),
+        "verbs_s": verbs.take(),
+    }
 
 
 def _decode_steps(timings: dict[str, Timings], steps: list[tuple[float, int]]) -> dict[str, float]:
@@ -146,6 +157,8 @@ def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         max_num_batched_tokens=args.max_num_batched_tokens,
         pool_bytes=args.pool_bytes,
         kernels=args.kernels,
+        max_num_waiting=args.requests,
+        max_adapter_slots=max(args.adapters, 1),
         compilation_cache_dir=args.cache_dir,
     )
     stages: dict[str, float] = {}
@@ -173,11 +186,15 @@ def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         prompts = rng.integers(3, vocab, (args.requests, args.input), dtype=np.int32)
         spread: list[str | None] = [names[i % len(names)] for i in range(args.requests)]
         base: list[str | None] = [None] * args.requests
-        result["base"] = run_requests(core, prompts, base, args.output, "base")
-        result["adapters"] = run_requests(core, prompts, spread, args.output, "adapters")
-        result["adapters_again"] = run_requests(core, prompts, spread, args.output, "again")
-        ratio = result["adapters"]["output_tokens_per_s"] / result["base"]["output_tokens_per_s"]
-        result["adapters_over_base"] = ratio
+        result["raw"] = raw_step_s(core, args.input, args.max_num_seqs, [None])
+        for tag in args.modes.split(","):
+            adapters = base if tag == "base" else spread
+            result[tag] = run_requests(core, prompts, adapters, args.output, tag)
+            per_s = result[tag]["requests_per_s"]
+            result[tag]["over_base"] = per_s / result["base"]["requests_per_s"]
+        result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, spread)
+        if args.trace is not None:
+            result["trace"] = gpu_busy(core, args.input, args.max_num_seqs, spread, args.trace)
     core.check_integrity()
     result["runner"] = core.stats()["runner"]
     result["memory"] = jax.devices()[0].memory_stats()
@@ -197,7 +214,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pool-bytes", type=int)
     parser.add_argument("--kernels", choices=("xla", "triton"))
     parser.add_argument("--cache-dir")
+    parser.add_argument("--trace", type=Path, help="folder for a profile of decode steps")
     parser.add_argument("--commit", help="where the tree is not a repository")
+    parser.add_argument("--modes", default="base,cold,warm", help="base first")
     parser.add_argument("--start-only", action="store_true", help="measure start-up alone")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
