@@ -31,7 +31,6 @@ from sloraj.core import EngineCore
 from sloraj.messages import Generate, TokenOutput
 from sloraj.runner import runner as runner_module
 from sloraj.runner.runner import DeviceRunner
-from sloraj.runner.state import StepLogits
 
 DEEP = "tiny-deep"
 INSIDE = ("pack_step", "forward", "sample")  # parts of execute

@@ -126,7 +126,7 @@ class Decode:
             out_shardings=NamedSharding(mesh, POOL_SPEC),
         )
         self.pools = [pool() for _ in range(layers)]
-        self._x = jnp.ones((64, g["hidden_size"]), jnp.bfloat16)
+        self._x = self._before = jnp.ones((64, g["hidden_size"]), jnp.bfloat16)
         self._step = jax.jit(self._run)
         self._install = programs.install_program(mesh)
 
@@ -144,6 +144,11 @@ class Decode:
         size = staging.shape[0]
         places = np.arange(first_page, first_page + size, dtype=np.int32)
         self.pools = self._install(self.pools, staging, places)
+
+    def wait_for_last_but_one(self) -> None:
+        """One step behind, as the engine reads."""
+        self._before.block_until_ready()
+        self._before = self._x
 
     def wait(self) -> None:
         jax.block_until_ready((self._x, self.pools))
@@ -165,9 +170,7 @@ def beside_decode(
                 else:
                     decode.install(pages.send(i, sharding), 1)
             decode.step()
-            if i >= 1:
-                previous.block_until_ready()  # one step behind, as the engine reads
-            previous = decode._x
+            decode.wait_for_last_but_one()
         decode.wait()
 
     run(4)

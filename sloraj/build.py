@@ -187,6 +187,7 @@ def build_runner(
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
         host_adapter_bytes=config.host_adapter_bytes,
+        token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
     )
     info = {
         "max_model_len": max_model_len,

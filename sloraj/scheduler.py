@@ -13,8 +13,10 @@ would have to.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
+import itertools
 from collections import deque
 from typing import Final, Literal
 
@@ -32,6 +34,10 @@ from sloraj.config import SchedulerConfig, div_ceil
 from sloraj.errors import InternalError
 from sloraj.pages import PagePool
 from sloraj.request import Sequence, SequenceState
+
+# A step with fewer tokens takes about as long: it is bound by reading the weights.
+WEIGHT_BOUND_TOKENS = 256
+TOLERATED_PADDING = 8  # an eighth of the bucket
 
 
 class Marker(enum.Enum):
@@ -128,23 +134,55 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | NeedsDrain | None:
         """The next step; None if there is nothing to compute before an enqueued step is read."""
-        plan = _Plan(self._config.max_num_batched_tokens)
-        if not self._plan_running(plan):
+        decoding, prefilling = self._wanting()
+        plan = _Plan(self._token_budget(len(decoding), prefilling))
+        if not self._plan_running(plan, decoding + prefilling):
             self._roll_back(plan)
             return NEEDS_DRAIN
         self._plan_waiting(plan)
         return self._commit(plan) if plan.chunks else None
 
-    def _plan_running(self, plan: _Plan) -> bool:
-        """Plan the running sequences, decoding ones first. False: a drain is needed.
+    def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that want one token (they decode), and those that want more."""
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self._running:
+            num_outputs = len(sequence.output_token_ids) + sequence.num_in_flight
+            if num_outputs < sequence.max_output_tokens:  # else the token in flight is the last
+                is_decoding = _num_missing_tokens(sequence) == 1
+                (decoding if is_decoding else prefilling).append(sequence)
+        return decoding, prefilling
+
+    def _token_budget(self, num_decoding: int, prefilling: list[Sequence]) -> int:
+        """Tokens to compute in this step: all that may be, or down to an edge of a bucket.
+
+        A step is padded to the next bucket. Where cutting chunks to the bucket below, and the rest
+        beside the next step's decoding, costs less in all than the padding, the chunks are cut.
+        """
+        limit, edges = self._config.max_num_batched_tokens, self._config.token_buckets
+        wanted = num_decoding + sum(map(_num_missing_tokens, prefilling))
+        for sequence in itertools.islice(self._waiting, len(self._free_rows)):
+            if wanted >= limit:
+                return limit
+            wanted += sequence.num_tokens
+        place = bisect.bisect_left(edges, wanted)
+        if not 0 < place < len(edges) or wanted == num_decoding:
+            return limit
+        above, below = edges[place], edges[place - 1]
+        if below <= num_decoding or (above - wanted) * TOLERATED_PADDING < above:
+            return limit
+        uncut = _step_cost(above) + (_step_cost(num_decoding) if num_decoding else 0)
+        rest = num_decoding + wanted - below
+        cut = _step_cost(below) + _step_cost(edges[bisect.bisect_left(edges, rest)])
+        return below if cut < uncut else limit
+
+    def _plan_running(self, plan: _Plan, wanting: list[Sequence]) -> bool:
+        """Plan what running sequences want, decoding ones first. False: a drain is needed.
 
         Only decoding ones want pages (admission gives those of all known tokens), and they come
         oldest first: so none that is planned here is preempted afterwards.
         """
-        ready = [s for s in self._running if _wants_tokens(s)]
-        decoding = [s for s in ready if _num_missing_tokens(s) == 1]
-        prefilling = [s for s in ready if _num_missing_tokens(s) > 1]
-        for sequence in decoding + prefilling:
+        for sequence in wanting:
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
@@ -333,6 +371,6 @@ def _num_missing_tokens(sequence: Sequence) -> int:
     return sequence.num_tokens - sequence.num_computed_tokens
 
 
-def _wants_tokens(sequence: Sequence) -> bool:
-    """Whether another token may be sampled after the one in flight."""
-    return len(sequence.output_token_ids) + sequence.num_in_flight < sequence.max_output_tokens
+def _step_cost(num_tokens: int) -> int:
+    """What a step takes, in tokens' worth of arithmetic."""
+    return max(num_tokens, WEIGHT_BOUND_TOKENS)

@@ -65,7 +65,7 @@ class DeviceRunner:
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
         self._known_at_reset: dict[int, int] = {}
-        self._num_steps = self._num_install_bytes = 0
+        self._num_steps = self._num_install_bytes = self._num_padding_tokens = 0
         self._programs: dict[Key, Any] = {}
         state = zeros(abstract_state(config, mesh, self._vocab_size))
         self._state, self._sample_state = state.forward, state.sample
@@ -133,6 +133,7 @@ class DeviceRunner:
         bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
         logits = self._run_forward(bucket, batch)
         self._num_steps += 1
+        self._num_padding_tokens += bucket.num_tokens - batch.num_tokens
         sampled = tuple(row for row in batch.rows if row.samples)
         drawn = floats = None
         if sampled:
@@ -246,6 +247,7 @@ class DeviceRunner:
             "compile_s": self._compiles.seconds,
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
+            "padding_tokens": self._num_padding_tokens,
         }
 
     def close(self) -> None:

@@ -85,6 +85,41 @@ def test_a_remainder_of_one_token_counts_among_the_single_tokens() -> None:
     assert [(r.sequence, r.num_tokens) for r in batch.rows] == [(first, 1), (second, 1), (third, 6)]
 
 
+EDGES = {"max_num_batched_tokens": 1024, "token_buckets": (128, 256, 512, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "prompts", "expected"),
+    [
+        (0, (300,), 300),  # alone: a second step would read all the weights once more
+        (1, (270,), 256),  # 15 tokens ride with the next step's decoding
+        (1, (400,), 256),  # two steps of 256 cost what one of 512 does, and decode in both
+        (1, (480,), 481),  # little padding is let be
+        (1, (100,), 101),  # below the first bucket there is nothing to cut to
+        (1, (150, 150), 256),
+        (1, (400, 400, 400), 1024),
+        (3, (254,), 256),  # the last token waits
+    ],
+)
+def test_chunks_are_cut_to_a_bucket_where_the_next_step_takes_the_rest_for_less(
+    num_decoding: int, prompts: tuple[int, ...], expected: int
+) -> None:
+    hand = ByHand(num_pages=1000, max_num_seqs=8, max_model_len=1024, **EDGES)
+    for _ in range(num_decoding):
+        hand.add(3)
+    if num_decoding:
+        hand.read(hand.schedule())
+    for num_prompt in prompts:
+        hand.add(num_prompt)
+    batch = hand.schedule()
+    assert batch.num_tokens == expected
+    assert sum(row.num_tokens == 1 for row in batch.rows) >= num_decoding
+    while sum(s.num_computed_tokens for s in hand.scheduler._running) < sum(prompts):
+        hand.read(batch)
+        batch = hand.schedule()
+    assert hand.scheduler.num_running == num_decoding + len(prompts)
+
+
 def test_one_step_runs_ahead_of_the_tokens_read() -> None:
     hand = ByHand()
     sequence = hand.add(3)
