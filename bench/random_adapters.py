@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints.model_config import ModelConfig
 from sloraj.adapters.layout import pack_adapter
 from sloraj.batch import PackedAdapter
+from sloraj.build import adapter_loader
 from sloraj.config import PoolLayout
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -65,5 +66,19 @@ def random_adapter_loader(
             drawn[rank] = pack_adapter(_draw(rank, config, rank), layout, config)
         packed = dataclasses.replace(drawn[rank], version_id=path, pages=drawn[rank].pages.copy())
         return packed, {"rank": rank, "path": path}
+
+    return load
+
+
+def random_or_read_loader(
+    config: ModelConfig, layout: PoolLayout, max_rank: int
+) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
+    """As `random_adapter_loader`; other paths are adapter directories, read as the engine does."""
+    draw, read = (
+        make(config, layout, max_rank) for make in (random_adapter_loader, adapter_loader)
+    )
+
+    def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
+        return (draw if path.startswith("random:") else read)(path)
 
     return load
