@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.hf_config import read_generation_defaults, read_model_config
@@ -24,7 +25,7 @@ from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import read_adapter
 from pallas_kernels.dispatch import resolve_implementation
 from sloraj import convert
-from sloraj.adapters.layout import max_adapter_pages, pack_adapter
+from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
 from sloraj.adapters.sources import DEFAULT_MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
@@ -42,7 +43,7 @@ from sloraj.runner.compiles import Key
 from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
-MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
+MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
 BLOCK_Q = {"xla": 16, "triton": 64}
@@ -73,7 +74,9 @@ def build_core(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, ends, layers, on_progress,
     )  # fmt: skip
-    load = (make_loader or adapter_loader)(model_config, layout, scheduler_config.max_rank)
+    load = (make_loader or adapter_loader)(
+        model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate
+    )
     core = EngineCore(scheduler_config, runner, load)
     core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
@@ -238,11 +241,14 @@ def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayou
     return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
 
 
-def adapter_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
-    """Reads a PEFT directory and packs it for the pool."""
+def adapter_loader(
+    model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
+) -> LoadFunction:
+    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes."""
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
         weights = read_adapter(path, model, max_rank=max_rank)
-        return pack_adapter(weights, layout, model), {"rank": weights.max_rank, "path": path}
+        packed = pack_adapter(weights, layout, model, allocate)
+        return packed, {"rank": weights.max_rank, "path": path}
 
     return load

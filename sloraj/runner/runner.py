@@ -26,6 +26,7 @@ from sloraj.batch import (
 )
 from sloraj.model.llama import Model
 from sloraj.model.weights import Leaves, Progress
+from sloraj.runner.arena import HostArena
 from sloraj.runner.buckets import Bucket, Buckets
 from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
@@ -64,6 +65,7 @@ class DeviceRunner:
         self._null_row = config.null_row
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
+        self.host_arena = HostArena(mesh.devices.flat[0])
         self._known_at_reset: dict[int, int] = {}
         self._num_steps = self._num_install_bytes = self._num_padding_tokens = 0
         self._programs: dict[Key, Any] = {}
@@ -248,6 +250,7 @@ class DeviceRunner:
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
             "padding_tokens": self._num_padding_tokens,
+            "host_arena_bytes": self.host_arena.num_bytes,
         }
 
     def close(self) -> None:
