@@ -10,6 +10,7 @@ cold    spread over the adapters, which lie in host memory and not on the device
 warm    the same again: as many are on the device as fit
 disk    spread over adapters that nobody has loaded: each is read from a PEFT directory (in the page
         cache, for it was just written) when its first request arrives
+engine  as the mode before it, through the Python interface: threads, texts; must come last
 
 Prompts are random token ids, generation is greedy and ignores eos. The result is one JSON object.
 """
@@ -32,6 +33,7 @@ from bench.geometries import GEOMETRIES, write_geometry
 from bench.random_adapters import random_or_read_loader
 from bench.record import commit, record
 from bench.step_log import StepLog, Verbs, gpu_busy, raw_step_s
+from bench.through_engine import run_through_engine, write_tokenizer
 from checkpoints.hf_config import read_model_config
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
@@ -39,7 +41,7 @@ from sloraj.core import EngineCore
 from sloraj.messages import Dead, Generate, LoadAdapter, Reply, RequestFailed, TokenOutput
 
 NOT_RECORDED = ("out", "cache_dir", "commit", "trace", "scratch")  # of this machine, or elsewhere
-MODES = ("base", "cold", "warm", "disk")
+MODES = ("base", "cold", "warm", "disk", "engine")
 
 
 @dataclasses.dataclass(slots=True)
@@ -176,6 +178,7 @@ def main() -> None:
     args = _parse()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         model = write_geometry(args.geometry, Path(scratch) / "model")
+        write_tokenizer(model, GEOMETRIES[args.geometry]["vocab_size"])
         result = _measure(args, model, Path(scratch))
     record(result, args.out)
 
@@ -224,45 +227,61 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         "startup_stages": stages,
     }
     if not args.start_only:
-        result |= _run_modes(args, core, modes, paths)
-    core.check_integrity()
+        workload = _Workload(args)
+        result |= _run_modes(args, core, workload, [m for m in modes if m != "engine"], paths)
+        core.check_integrity()
     result["runner"] = core.stats()["runner"]
     result["memory"] = jax.devices()[0].memory_stats()
+    if "engine" in modes:
+        names = workload.adapters_of(modes[modes.index("engine") - 1])
+        result["engine"] = run_through_engine(
+            core, info, model, workload.prompts, names, args.output
+        )
     return result
 
 
-def _run_modes(
-    args: argparse.Namespace, core: EngineCore, modes: list[str], paths: Mapping[str, str]
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    vocab, num = GEOMETRIES[args.geometry]["vocab_size"], args.requests
-    prompts = rng.integers(3, vocab, (num, args.input), dtype=np.int32)
-    drawn = _draw(rng, args.popularity, num, args.adapters)
-    result["raw_base"] = raw_step_s(core, args.input, args.max_num_seqs, [None])
-    for mode in modes:
+class _Workload:
+    """The prompts, and which adapter each request uses."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        rng = np.random.default_rng(0)
+        vocab, num = GEOMETRIES[args.geometry]["vocab_size"], args.requests
+        self.prompts = rng.integers(3, vocab, (num, args.input), dtype=np.int32)
+        if args.popularity == "distinct":
+            self._drawn = [i % args.adapters for i in range(num)]
+        else:
+            exponent = 1.0 if args.popularity == "zipf" else 0.0
+            weights = 1.0 / np.arange(1, args.adapters + 1) ** exponent
+            self._drawn = rng.choice(args.adapters, num, p=weights / weights.sum()).tolist()
+
+    def adapters_of(self, mode: str) -> list[str | None]:
+        if mode == "base":
+            return [None] * len(self._drawn)
         prefix = "disk" if mode == "disk" else "adapter"
-        names: list[str | None] = [None if mode == "base" else f"{prefix}-{i}" for i in drawn]
+        return [f"{prefix}-{i}" for i in self._drawn]
+
+
+def _run_modes(
+    args: argparse.Namespace,
+    core: EngineCore,
+    workload: _Workload,
+    modes: list[str],
+    paths: Mapping[str, str],
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"raw_base": raw_step_s(core, args.input, args.max_num_seqs, [None])}
+    names: list[str | None] = [None]
+    for mode in modes:
+        names = workload.adapters_of(mode)
         result[mode] = run_requests(
-            core, prompts, names, args.output, mode, paths if mode == "disk" else {}
+            core, workload.prompts, names, args.output, mode, paths if mode == "disk" else {}
         )
         if "base" in result:
             per_s = result[mode]["requests_per_s"]
             result[mode]["over_base"] = per_s / result["base"]["requests_per_s"]
-    if modes[-1] != "base":
-        result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, names)
+    result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, names)
     if args.trace is not None:
         result["trace"] = gpu_busy(core, args.input, args.max_num_seqs, names, args.trace)
     return result
-
-
-def _draw(rng: np.random.Generator, popularity: str, num: int, num_adapters: int) -> list[int]:
-    """Which adapter each request uses."""
-    if popularity == "distinct":
-        return [i % num_adapters for i in range(num)]
-    weights = 1.0 / np.arange(1, num_adapters + 1) ** (1.0 if popularity == "zipf" else 0.0)
-    drawn: list[int] = rng.choice(num_adapters, num, p=weights / weights.sum()).tolist()
-    return drawn
 
 
 def _parse() -> argparse.Namespace:
