@@ -13,7 +13,6 @@ would have to.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import enum
 import itertools
@@ -34,10 +33,9 @@ from sloraj.config import SchedulerConfig, div_ceil
 from sloraj.errors import InternalError
 from sloraj.pages import PagePool
 from sloraj.request import Sequence, SequenceState
+from sloraj.token_budget import cut_to_bucket
 
-# A step with fewer tokens takes about as long: it is bound by reading the weights.
-WEIGHT_BOUND_TOKENS = 256
-TOLERATED_PADDING = 8  # an eighth of the bucket
+PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
 class Marker(enum.Enum):
@@ -77,7 +75,8 @@ class _Plan:
     budget: int  # tokens left
     chunks: list[_Chunk] = dataclasses.field(default_factory=list)
     installs: list[AdapterInstall] = dataclasses.field(default_factory=list)
-    num_install_pages: int = 0
+    sends: list[AdapterInstall] = dataclasses.field(default_factory=list)
+    num_install_pages: int = 0  # of both
 
     def add(self, chunk: _Chunk) -> None:
         self.chunks.append(chunk)
@@ -97,6 +96,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first, all newer than those running
         self._running: list[Sequence] = []  # oldest first
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._sent: list[AdapterInstall] = []  # by the last step, for the next one to install
         self._num_enqueued = 0  # steps scheduled and not yet given to `update`
         self.num_steps = 0
         self.num_preemptions = 0
@@ -140,7 +140,10 @@ class Scheduler:
             self._roll_back(plan)
             return NEEDS_DRAIN
         self._plan_waiting(plan)
-        return self._commit(plan) if plan.chunks else None
+        if not plan.chunks:
+            return None
+        self._plan_sends(plan)
+        return self._commit(plan)
 
     def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:
         """The running sequences that want one token (they decode), and those that want more."""
@@ -154,27 +157,14 @@ class Scheduler:
         return decoding, prefilling
 
     def _token_budget(self, num_decoding: int, prefilling: list[Sequence]) -> int:
-        """Tokens to compute in this step: all that may be, or down to an edge of a bucket.
-
-        A step is padded to the next bucket. Where cutting chunks to the bucket below, and the rest
-        beside the next step's decoding, costs less in all than the padding, the chunks are cut.
-        """
-        limit, edges = self._config.max_num_batched_tokens, self._config.token_buckets
+        """Tokens to compute in this step: all that are wanted and may be, or fewer: see there."""
+        limit = self._config.max_num_batched_tokens
         wanted = num_decoding + sum(map(_num_missing_tokens, prefilling))
         for sequence in itertools.islice(self._waiting, len(self._free_rows)):
             if wanted >= limit:
-                return limit
+                break
             wanted += sequence.num_tokens
-        place = bisect.bisect_left(edges, wanted)
-        if not 0 < place < len(edges) or wanted == num_decoding:
-            return limit
-        above, below = edges[place], edges[place - 1]
-        if below <= num_decoding or (above - wanted) * TOLERATED_PADDING < above:
-            return limit
-        uncut = _step_cost(above) + (_step_cost(num_decoding) if num_decoding else 0)
-        rest = num_decoding + wanted - below
-        cut = _step_cost(below) + _step_cost(edges[bisect.bisect_left(edges, rest)])
-        return below if cut < uncut else limit
+        return cut_to_bucket(num_decoding, min(wanted, limit), self._config.token_buckets)
 
     def _plan_running(self, plan: _Plan, wanting: list[Sequence]) -> bool:
         """Plan what running sequences want, decoding ones first. False: a drain is needed.
@@ -218,6 +208,24 @@ class Scheduler:
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
             plan.add(_Chunk(sequence, num_tokens, num_old_pages=0, is_reset=True))
 
+    def _plan_sends(self, plan: _Plan) -> None:
+        """Bring the adapters of those that wait longest: their bytes go beside this step's work."""
+        window = list(itertools.islice(self._waiting, PREFETCH_SEQUENCES))
+        keep = {s.version_id for s in window if s.version_id is not None}
+        for sequence in window:
+            version = self._version_of(sequence)
+            if version is None or self._residency.is_resident(version.version_id):
+                continue
+            total = plan.num_install_pages + version.num_pages
+            if plan.num_install_pages and total > self._config.install_pages_per_step:
+                break
+            # Pages that running sequences will soon want are not worth taking.
+            install = self._residency.prefetch(version, 2 * len(self._running), keep)
+            if install is None:
+                break
+            plan.sends.append(install)
+            plan.num_install_pages = total
+
     def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""
         version = self._version_of(sequence)
@@ -246,7 +254,8 @@ class Scheduler:
         rows = tuple(self._commit_row(chunk) for chunk in chunks)
         self.num_steps += 1
         self._num_enqueued += 1
-        return ScheduledBatch(self.num_steps, rows, tuple(plan.installs))
+        installs, self._sent = (*self._sent, *plan.installs), plan.sends
+        return ScheduledBatch(self.num_steps, rows, installs, tuple(plan.sends))
 
     def _commit_row(self, chunk: _Chunk) -> ScheduledRow:
         sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
@@ -369,8 +378,3 @@ class Scheduler:
 def _num_missing_tokens(sequence: Sequence) -> int:
     """Tokens without KV, the one in flight included."""
     return sequence.num_tokens - sequence.num_computed_tokens
-
-
-def _step_cost(num_tokens: int) -> int:
-    """What a step takes, in tokens' worth of arithmetic."""
-    return max(num_tokens, WEIGHT_BOUND_TOKENS)

@@ -165,7 +165,7 @@ class _Traffic:
 def test_random_operations_lose_nothing_and_change_no_answer(
     geometry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sloraj.scheduler.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
+    monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
     num_operations = NUM_OPERATIONS // len(GEOMETRIES) + 1
     traffic = _Traffic(list(GEOMETRIES).index(geometry), GEOMETRIES[geometry])
     for _ in range(num_operations):
@@ -186,3 +186,4 @@ def test_random_operations_lose_nothing_and_change_no_answer(
     assert (traffic.num_too_large > 0) == (geometry == "tiny pool")
     assert (stats["preemptions"] > 0) == (geometry not in ("one row", "room for all"))
     assert (stats["adapter_evictions"] > 0) == (geometry != "room for all")
+    assert traffic.driver.runner.num_sends > 0

@@ -346,3 +346,32 @@ def test_answers_do_not_depend_on_chunks_pages_or_preemption(
     for request_id, prompt, name in zip(ids, prompts, names, strict=True):
         driver.expect(request_id, prompt, 3 if name else 0, max_tokens=max_tokens)
     driver.expect_clean()
+
+
+def test_the_adapter_of_one_that_waits_is_sent_beside_the_step_before() -> None:
+    driver = CoreDriver(max_num_seqs=1, num_pages=60)
+    driver.runner.keep_batches = True
+    for content in (1, 2, 3):
+        driver.loaded(f"a{content}", f"{content}:2")
+    for content in (1, 2, 3):
+        driver.generate([1, 2, 3], f"a{content}", max_tokens=4)
+    driver.run()
+    batches = driver.runner.batches
+    first = batches[0]
+    assert len(first.installs) == 1 and len(first.sends) == 2
+    assert batches[1].installs == first.sends
+    assert not any(batch.installs or batch.sends for batch in batches[2:])
+    assert driver.core.stats()["adapter_installs"] == 3
+    driver.expect_clean()
+
+
+def test_nothing_is_sent_that_running_sequences_would_soon_have_to_evict() -> None:
+    driver = CoreDriver(max_num_seqs=1, num_pages=10)  # 9 pages: the adapters do not fit together
+    driver.runner.keep_batches = True
+    for content in (1, 2):
+        driver.loaded(f"a{content}", f"{content}:4")
+    for content in (1, 2):
+        driver.generate([1, 2, 3], f"a{content}", max_tokens=4)
+    driver.run()
+    assert not any(batch.sends for batch in driver.runner.batches)
+    driver.expect_clean()
