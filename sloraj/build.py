@@ -40,13 +40,14 @@ from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
-from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
+from sloraj.runner.memory import ITEMSIZE, MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
 MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
 BLOCK_Q = {"xla": 16, "triton": 64}
+INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
@@ -149,7 +150,7 @@ def build_runner(
     )
     num_tokens = config.page_size if is_bounded else context
     min_pages = 1 + div_ceil(num_tokens, config.page_size) + adapter_pages
-    plan = _plan(config, model_config, layout, device, weight_bytes, min_pages)
+    plan = _plan(config, model_config, layout, device, weight_bytes, min_pages, adapter_pages)
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
@@ -191,6 +192,7 @@ def build_runner(
         eos_token_ids=model_config.eos_token_ids,
         host_adapter_bytes=config.host_adapter_bytes,
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
+        install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
     )
     info = {
         "max_model_len": max_model_len,
@@ -219,26 +221,34 @@ def _plan(
     device: jax.Device,
     weight_bytes: int,
     min_pages: int,
+    adapter_pages: int,
 ) -> MemoryPlan:
     memory = (device.memory_stats() or {}) if device.platform != "cpu" else {}
     return plan_memory(
         layout,
         limit_bytes=memory.get("bytes_limit"),
         in_use_bytes=memory.get("bytes_in_use", weight_bytes),
-        workspace_bytes=_workspace_bytes(config, model, layout) if memory else 0,
+        workspace_bytes=_workspace_bytes(config, model, layout, adapter_pages) if memory else 0,
         pool_bytes=config.pool_bytes,
         min_pages=min_pages,
     )
 
 
-def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayout) -> int:
-    """What the largest programs hold at once: activations, f32 logits and their filtered copies."""
+def _workspace_bytes(
+    config: EngineConfig, model: ModelConfig, layout: PoolLayout, adapter_pages: int
+) -> int:
+    """What the largest programs hold at once: activations, f32 logits and their filtered copies.
+
+    Beside them lie the adapter pages of two steps: those being installed, and those on their way.
+    """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     assert rows is not None and tokens is not None
     activations = tokens * (8 * model.hidden_size + 4 * model.intermediate_size // layout.tp)
     logits = rows * model.vocab_size
     counts = (rows + 1) * model.vocab_size
-    return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
+    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+    staging = 2 * max(INSTALL_BYTES_PER_STEP, adapter_pages * page_bytes)
+    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + MARGIN_BYTES
 
 
 def adapter_loader(
