@@ -6,18 +6,16 @@ known tokens fit; none overtakes the one that waits longest. When the pool is fu
 first, then the newest running sequence: it gives all back and later computes its tokens again. So
 the oldest one always advances.
 
-The host runs one step ahead of the tokens it has read: `schedule` may count on a token that an
-enqueued step samples, but cannot give that sequence's pages away, and answers NEEDS_DRAIN when it
-would have to.
+The host runs one step ahead of the tokens it has read: `schedule` counts on a token that an
+enqueued step samples. A sequence that is preempted with such a token in flight waits until it has
+been read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import itertools
 from collections import deque
-from typing import Final, Literal
 
 from sloraj.adapters.host_store import AdapterVersion, HostStore
 from sloraj.adapters.residency import Residency
@@ -38,16 +36,6 @@ from sloraj.token_budget import cut_to_bucket
 PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
-class Marker(enum.Enum):
-    """Answers of `schedule` that are not a batch."""
-
-    NEEDS_DRAIN = "collect the enqueued step, update, and schedule again"
-
-
-NEEDS_DRAIN: Final = Marker.NEEDS_DRAIN
-NeedsDrain = Literal[Marker.NEEDS_DRAIN]
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one sampled token means for its sequence. `token_id` None: it is not to be shown."""
@@ -64,13 +52,12 @@ class TokenEvent:
 class _Chunk:
     sequence: Sequence
     num_tokens: int
-    num_old_pages: int  # that the sequence had before this pass
     is_reset: bool
 
 
 @dataclasses.dataclass(slots=True)
 class _Plan:
-    """One scheduling pass. Nothing but page lists is changed before the plan is committed."""
+    """One scheduling pass."""
 
     budget: int  # tokens left
     chunks: list[_Chunk] = dataclasses.field(default_factory=list)
@@ -132,13 +119,11 @@ class Scheduler:
 
     # --- schedule ---
 
-    def schedule(self) -> ScheduledBatch | NeedsDrain | None:
+    def schedule(self) -> ScheduledBatch | None:
         """The next step; None if there is nothing to compute before an enqueued step is read."""
         decoding, prefilling = self._wanting()
         plan = _Plan(self._token_budget(len(decoding), prefilling))
-        if not self._plan_running(plan, decoding + prefilling):
-            self._roll_back(plan)
-            return NEEDS_DRAIN
+        self._plan_running(plan, decoding + prefilling)
         self._plan_waiting(plan)
         if not plan.chunks:
             return None
@@ -166,8 +151,8 @@ class Scheduler:
             wanted += sequence.num_tokens
         return cut_to_bucket(num_decoding, min(wanted, limit), self._config.token_buckets)
 
-    def _plan_running(self, plan: _Plan, wanting: list[Sequence]) -> bool:
-        """Plan what running sequences want, decoding ones first. False: a drain is needed.
+    def _plan_running(self, plan: _Plan, wanting: list[Sequence]) -> None:
+        """Plan what running sequences want, decoding ones first.
 
         Only decoding ones want pages (admission gives those of all known tokens), and they come
         oldest first: so none that is planned here is preempted afterwards.
@@ -176,37 +161,31 @@ class Scheduler:
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
-            num_old_pages = len(sequence.pages)
-            if not self._extend(sequence, sequence.num_computed_tokens + num_tokens):
-                return False
+            self._extend(sequence, sequence.num_computed_tokens + num_tokens)
             if sequence.state is SequenceState.RUNNING:
-                plan.add(_Chunk(sequence, num_tokens, num_old_pages, is_reset=False))
-        return True
+                plan.add(_Chunk(sequence, num_tokens, is_reset=False))
 
-    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for the first `num_tokens` tokens; the newest sequences, or it, may have to go."""
         missing = self.num_pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
-            return True
+            return
         while not self._residency.evict_for(missing):
-            if self._num_enqueued:
-                return False
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return True  # all others are older, and keep what they have
+                return  # all others are older, and keep what they have
         sequence.pages += self._allocate(sequence, missing)
-        return True
 
     def _plan_waiting(self, plan: _Plan) -> None:
         while self._waiting and self._free_rows and plan.budget:
             sequence = self._waiting[0]
-            if not self._admit(sequence, plan):
+            if sequence.num_in_flight or not self._admit(sequence, plan):
                 break
             self._waiting.popleft()
             self._running.append(sequence)
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
-            plan.add(_Chunk(sequence, num_tokens, num_old_pages=0, is_reset=True))
+            plan.add(_Chunk(sequence, num_tokens, is_reset=True))
 
     def _plan_sends(self, plan: _Plan) -> None:
         """Bring the adapters of those that wait longest: their bytes go beside this step's work."""
@@ -277,12 +256,6 @@ class Scheduler:
         self.num_computed_tokens += chunk.num_tokens
         return row
 
-    def _roll_back(self, plan: _Plan) -> None:
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self._pool.free(sequence.pages[chunk.num_old_pages :], sequence.tag)
-            del sequence.pages[chunk.num_old_pages :]
-
     # --- update ---
 
     def update(self, result: StepResult) -> list[TokenEvent]:
@@ -323,9 +296,10 @@ class Scheduler:
         return pages
 
     def _preempt(self, victim: Sequence) -> None:
-        """Back to the head of the queue, with nothing; only while no step is enqueued.
+        """Back to the head of the queue, with nothing.
 
-        It cannot come back in the same pass: at least one of its pages has gone to an older one.
+        An enqueued step may still read and write its pages: it ends before any that is enqueued
+        later.
         """
         self._vacate(victim)
         victim.state = SequenceState.WAITING

@@ -12,7 +12,6 @@ import pytest
 from sloraj.batch import SampledToken, ScheduledBatch, StepResult
 from sloraj.messages import Abort, GetStats
 from sloraj.request import SamplingParams, Sequence, SequenceState
-from sloraj.scheduler import NEEDS_DRAIN
 from tests.sloraj.core_driver import CoreDriver
 
 
@@ -138,7 +137,6 @@ def test_no_token_past_the_last_is_ever_computed(is_ahead: bool) -> None:
     enqueued = None
     for _ in range(20):
         batch = hand.scheduler.schedule()
-        assert batch is not NEEDS_DRAIN
         if not is_ahead and isinstance(batch, ScheduledBatch):
             hand.read(batch)
         elif enqueued is not None:
@@ -170,22 +168,41 @@ def test_a_stop_id_before_min_tokens_is_a_plain_token() -> None:
     assert (sequence.state, sequence.output_token_ids) == (SequenceState.FINISHED, [7, 7])
 
 
-def test_preemption_waits_for_the_token_in_flight_and_a_drain_changes_nothing() -> None:
+def test_a_preempted_sequence_waits_for_its_token_in_flight() -> None:
     hand = ByHand(num_pages=5, page_size=4)  # 4 usable
     old, new = hand.add(7), hand.add(3)
     hand.read(hand.schedule())  # 8 and 4 tokens: 2 + 1 pages
     enqueued = hand.schedule()
     assert hand.scheduler.num_running == 2
-    before = (list(old.pages), list(new.pages), old.num_computed_tokens, new.num_computed_tokens)
-    assert hand.scheduler.schedule() is NEEDS_DRAIN  # both want a page, one is free
-    assert before == (old.pages, new.pages, old.num_computed_tokens, new.num_computed_tokens)
-    hand.scheduler.check_integrity()
-    hand.read(enqueued)
-    batch = hand.schedule()
+    batch = hand.schedule()  # both want a page, one is free
     assert [row.sequence for row in batch.rows] == [old]
     assert (new.state, new.pages, new.row, new.num_preemptions) == (
         SequenceState.WAITING, [], None, 1,
     )  # fmt: skip
+    assert (new.num_in_flight, len(new.output_token_ids)) == (1, 1)
+    hand.scheduler.check_integrity()
+    hand.scheduler.abort(old)  # there is room again, but the token is not known yet
+    assert hand.scheduler.schedule() is None
+    hand.read(enqueued)
+    row = hand.schedule().rows[0]
+    assert (row.sequence, row.start, row.num_tokens, row.is_reset) == (new, 0, 5, True)
+    assert (new.num_in_flight, len(new.output_token_ids)) == (1, 2)
+
+
+@pytest.mark.parametrize(("token", "max_output"), [(3, 2), (7, 9)])
+def test_a_preempted_sequence_may_end_by_the_token_in_flight(token: int, max_output: int) -> None:
+    hand = ByHand(num_pages=5, page_size=4)
+    old, new = hand.add(7), hand.add(3, max_output=max_output)
+    hand.read(hand.schedule())
+    enqueued = hand.schedule()
+    hand.schedule()
+    assert new.state is (SequenceState.RUNNING if max_output == 2 else SequenceState.WAITING)
+    if new.state is SequenceState.RUNNING:
+        hand.scheduler._preempt(new)
+    hand.read(enqueued, token)
+    assert new.state is SequenceState.FINISHED
+    assert hand.scheduler.num_waiting == 0
+    assert (old.state is SequenceState.FINISHED) == (token == 7)
 
 
 def test_a_preempted_sequence_computes_all_its_tokens_again_in_a_fresh_row() -> None:
