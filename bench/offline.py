@@ -234,7 +234,7 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
     result["memory"] = jax.devices()[0].memory_stats()
     if "engine" in modes:
         names = workload.adapters_of(modes[modes.index("engine") - 1])
-        result["engine"] = run_through_engine(
+        result["through_engine"] = run_through_engine(
             core, info, model, workload.prompts, names, args.output
         )
     return result
