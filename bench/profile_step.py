@@ -15,7 +15,8 @@ GROUPS = (
     ("lora_shrink", ("lora_shrink",)),
     ("lora_expand", ("lora_expand",)),
     ("attention", ("paged_decode_attention", "paged_ragged_attention")),
-    ("kv_write", ("kv_write",)),
+    ("rope_write", ("rope_write",)),
+    ("add_rms_norm", ("add_rms_norm",)),
     ("matmul", ("gemm", "cublas", "cutlass", "nvjet", "xmma", "linear", "dot", "splitk")),
     ("copies", ("memcpy", "memset", "copy")),
 )

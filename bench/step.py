@@ -35,6 +35,8 @@ from sloraj.model.weights import random_parameters
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import Key
+from sloraj.runner.jobs import INSTALL_PAGES
+from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
 NOT_RECORDED = ("out", "cache_dir", "commit")
@@ -45,6 +47,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, model: str) -> None:
         prepare_jax(args.cache_dir)
+        self.peaks = measure_peaks() if args.measure_peaks else Peaks()  # before memory is taken
         self.args, self.config = args, read_model_config(model)
         mesh = make_mesh(1)
         rows = max(args.batches)
@@ -63,7 +66,6 @@ class Bench:
             engine, self.config, mesh, ends, layers, lambda *_: None, only=_needed(args)
         )
         self.packed = _packed(self.config, layout)
-        self.peaks = measure_peaks() if args.measure_peaks else Peaks()
 
     def case(self, rows: int, name: str) -> dict[str, Any]:
         """One batch size and kind of rows: prefill, then decode."""
@@ -108,9 +110,9 @@ def _needed(args: argparse.Namespace) -> list[Key]:
     steps += [buckets.pick(min(args.max_num_batched_tokens, args.context), False)]
     steps += [buckets.mixed[-1]]
     return [
-        *{("forward", bucket.name) for bucket in steps},
+        *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
         *{("sample", "greedy", bucket.num_logits) for bucket in steps},
-        ("install", 8), ("install", 1), ("bind",), ("reset",), ("count",),
+        *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
     ]  # fmt: skip
 
 

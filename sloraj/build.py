@@ -38,7 +38,7 @@ from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
-from sloraj.runner import DeviceRunner
+from sloraj.runner import DeviceRunner, lora_variants
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
 from sloraj.runner.memory import ITEMSIZE, MARGIN_BYTES, MemoryPlan, plan_memory
@@ -156,6 +156,8 @@ def build_runner(
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
+    if kernels != "xla":  # a reference costs no launch of its own, and compiling takes longer
+        buckets = dataclasses.replace(buckets, lora_variants=tuple(lora_variants.MODULES))
     spec = StepSpec(
         config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
     )
