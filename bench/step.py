@@ -35,6 +35,7 @@ from sloraj.model.weights import random_parameters
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import Key
+from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
@@ -115,7 +116,7 @@ def _needed(args: argparse.Namespace) -> list[Key]:
     return [
         *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
         *{("sample", "greedy", bucket.num_logits) for bucket in steps},
-        ("install", 8), ("install", 1), ("bind",), ("reset",), ("count",),
+        *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
     ]  # fmt: skip
 
 
