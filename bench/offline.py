@@ -195,7 +195,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--pool-bytes", type=int)
-    parser.add_argument("--kernels", choices=("xla", "triton"))
+    parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"))
     parser.add_argument("--cache-dir")
     parser.add_argument("--commit", help="where the tree is not a repository")
     parser.add_argument("--start-only", action="store_true", help="measure start-up alone")

@@ -22,7 +22,7 @@ from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
 from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import read_adapter
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
@@ -44,7 +44,7 @@ from sloraj.runner.state import RunnerConfig
 MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
 log = logging.getLogger("sloraj")
 
-BLOCK_Q = {"xla": 16, "triton": 64}
+BLOCK_Q = {"xla": 16, "triton": 64, "mosaic": 128}
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
@@ -115,7 +115,14 @@ def build_runner(
     tp = mesh.size
     device = mesh.devices.flat[0]
     try:
-        kernels = resolve_implementation(config.kernels, device.platform)
+        kernels = resolve_kernels(
+            config.kernels,
+            platform=device.platform,
+            device_kind=device.device_kind,
+            shape=KernelShape(
+                head_dim=model_config.head_dim, page_size=config.page_size, dtype=dtype
+            ),
+        )
     except ValueError as error:
         raise ConfigError(f"kernels: {error}", param="kernels") from error
     layout = PoolLayout(
@@ -142,7 +149,8 @@ def build_runner(
     plan = _plan(config, model_config, layout, device, weight_bytes, min_pages)
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
-    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
+    block_q = BLOCK_Q[kernels.ragged_attention]
+    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
     spec = StepSpec(
         config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
     )
@@ -185,7 +193,7 @@ def build_runner(
         "bos_token_id": model_config.bos_token_id,
         "max_rank": max_rank,
         "dtype": dtype,
-        "kernels": kernels,
+        "kernels": str(kernels),
         "device": device.device_kind,
         "num_pages": plan.num_pages,
         "page_size": config.page_size,

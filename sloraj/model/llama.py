@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from pallas_kernels.dispatch import KernelChoice
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -41,7 +42,7 @@ class StepSpec:
     tp: int
     page_size: int
     max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: str  # implementation of every op
+    kernels: KernelChoice
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +144,7 @@ class DecoderLayer(_Parameters):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         pool = kv_write(
             pool, k, v, inputs.pages, inputs.offsets,
-            page_size=spec.page_size, implementation=spec.kernels,
+            page_size=spec.page_size, implementation=spec.kernels.kv_write,
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
@@ -199,7 +200,7 @@ class _Delta:
         return lora_shrink(
             x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
 
     def _expand(
@@ -213,7 +214,7 @@ class _Delta:
         return lora_expand(
             base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
 
 
@@ -230,12 +231,12 @@ def _attend(
         return paged_decode_attention(
             q, pool, inputs.page_table, inputs.rows, inputs.lengths, window,
             num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-            implementation=spec.kernels,
+            implementation=spec.kernels.decode_attention,
         )  # fmt: skip
     return paged_ragged_attention(
         q, pool, inputs.page_table, inputs.query_tiles, window,
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-        implementation=spec.kernels,
+        implementation=spec.kernels.ragged_attention,
     )  # fmt: skip
 
 
