@@ -9,14 +9,19 @@ import dataclasses
 import logging
 from typing import Literal, get_args
 
+import jax
+
 Implementation = Literal["xla", "triton", "mosaic"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 log = logging.getLogger("pallas_kernels")
 
 _ALLOWED = {"cpu": ("xla",), "gpu": IMPLEMENTATIONS, "cuda": IMPLEMENTATIONS}
+_HAS_MOSAIC = jax.__version_info__ >= (0, 11)  # what the kernels are written for
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of a device kind: wgmma is theirs alone
-MOSAIC_OPS: frozenset[str] = frozenset()  # ops that have a Mosaic GPU kernel; the others: Triton
-MOSAIC_BEST: frozenset[str] = frozenset()  # of these, where it is the fastest known on Hopper
+MOSAIC_OPS = frozenset(
+    {"ragged_attention"}
+)  # ops that have a Mosaic GPU kernel; the others: Triton
+MOSAIC_BEST = frozenset({"ragged_attention"})  # of these, where it is the fastest known on Hopper
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,8 @@ def resolve_kernels(
 
 def mosaic_refusal(op: str, device_kind: str, shape: KernelShape) -> str | None:
     """Why the Mosaic kernel of `op` cannot serve this device and shape; None if it can."""
+    if not _HAS_MOSAIC:
+        return f"JAX {jax.__version__}, allowed: 0.11 and up"
     if not any(word in _HOPPER for word in device_kind.split()):
         return f"device {device_kind!r}, allowed: {', '.join(_HOPPER)}"
     if shape.dtype not in ("bfloat16", "float16"):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,7 +43,10 @@ def test_a_request_without_mosaic_is_served_by_one_implementation(
     assert str(choice) == chosen
 
 
-def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them() -> None:
+def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_MOSAIC", True)
     asked = resolve_kernels("mosaic", platform="gpu", device_kind=H200, shape=SHAPE)
     best = resolve_kernels(None, platform="gpu", device_kind=H200, shape=SHAPE)
     for op in (field.name for field in dataclasses.fields(KernelChoice)):
@@ -57,6 +61,7 @@ def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them() -> Non
         ("NVIDIA A100-SXM4-80GB", {}, "device 'NVIDIA A100-SXM4-80GB', allowed: H100"),
         ("NVIDIA H100 80GB HBM3", {"head_dim": 96}, "head_dim 96, allowed: 64, 128"),
         (H200, {"page_size": 12}, "page_size 12, allowed: multiples of 8"),
+        (H200, {}, f"JAX {jax.__version__}, allowed: 0.11 and up"),
         (H200, {"dtype": "float32"}, "dtype float32, allowed: bfloat16"),
     ],
 )
@@ -67,6 +72,7 @@ def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_MOSAIC", "JAX" not in reason)
     monkeypatch.setattr(dispatch, "MOSAIC_OPS", frozenset({"ragged_attention"}))
     monkeypatch.setattr(dispatch, "MOSAIC_BEST", frozenset({"ragged_attention"}))
     where: dict[str, Any] = {
