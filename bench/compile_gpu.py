@@ -26,7 +26,7 @@ from bench.geometries import GEOMETRIES, write_geometry
 from checkpoints.hf_config import read_model_config
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj.adapters.layout import max_adapter_pages
-from sloraj.build import BLOCK_Q
+from sloraj.build import BLOCK_Q, lora_widths
 from sloraj.config import PoolLayout
 from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.parallel.mesh import local_kv_heads
@@ -58,7 +58,10 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
     )  # fmt: skip
     kernels = resolve_kernels(
         args.kernels, platform="gpu", device_kind="NVIDIA H200",
-        shape=KernelShape(head_dim=config.head_dim, page_size=16, dtype="bfloat16"),
+        shape=KernelShape(
+            head_dim=config.head_dim, page_size=16, dtype="bfloat16",
+            lora_widths=lora_widths(config, tp),
+        ),
     )  # fmt: skip
     spec = StepSpec(config=config, tp=tp, page_size=16, max_rank=64, kernels=kernels)
     model = abstract_model(spec, jnp.dtype("bfloat16"))

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 import jax
 
+from pallas_kernels.adapter_layout import CHUNK
+
 Implementation = Literal["xla", "triton", "mosaic"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 log = logging.getLogger("pallas_kernels")
@@ -18,10 +20,9 @@ log = logging.getLogger("pallas_kernels")
 _ALLOWED = {"cpu": ("xla",), "gpu": IMPLEMENTATIONS, "cuda": IMPLEMENTATIONS}
 _HAS_MOSAIC = jax.__version_info__ >= (0, 11)  # what the kernels are written for
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of a device kind: wgmma is theirs alone
-MOSAIC_OPS = frozenset(
-    {"ragged_attention"}
-)  # ops that have a Mosaic GPU kernel; the others: Triton
-MOSAIC_BEST = frozenset({"ragged_attention"})  # of these, where it is the fastest known on Hopper
+# Ops that have a Mosaic GPU kernel, and those of them where it is the fastest known on Hopper.
+MOSAIC_OPS = frozenset({"lora_shrink", "lora_expand", "ragged_attention"})
+MOSAIC_BEST = frozenset({"ragged_attention"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class KernelShape:
     head_dim: int
     page_size: int
     dtype: str
+    lora_widths: tuple[int, ...]  # of the inputs and outputs of adapted modules, on a device
 
 
 def resolve_kernels(
@@ -101,6 +103,9 @@ def mosaic_refusal(op: str, device_kind: str, shape: KernelShape) -> str | None:
         return f"device {device_kind!r}, allowed: {', '.join(_HOPPER)}"
     if shape.dtype not in ("bfloat16", "float16"):
         return f"dtype {shape.dtype}, allowed: bfloat16, float16"
+    partial = [width for width in shape.lora_widths if width % CHUNK]
+    if op.startswith("lora") and partial:
+        return f"widths {partial}, allowed: multiples of {CHUNK}"
     if op.endswith("attention") and shape.head_dim not in (64, 128):
         return f"head_dim {shape.head_dim}, allowed: 64, 128"
     if op.endswith("attention") and shape.page_size % 8:

@@ -120,7 +120,10 @@ def build_runner(
             platform=device.platform,
             device_kind=device.device_kind,
             shape=KernelShape(
-                head_dim=model_config.head_dim, page_size=config.page_size, dtype=dtype
+                head_dim=model_config.head_dim,
+                page_size=config.page_size,
+                dtype=dtype,
+                lora_widths=lora_widths(model_config, tp),
             ),
         )
     except ValueError as error:
@@ -200,6 +203,17 @@ def build_runner(
         "num_programs": runner.num_programs,
     }
     return runner, scheduler_config, layout, info
+
+
+def lora_widths(model: ModelConfig, tp: int) -> tuple[int, ...]:
+    """The widths of inputs and outputs of adapted modules, on one device."""
+    return (
+        model.hidden_size,
+        model.hidden_size // tp,
+        model.num_heads * model.head_dim // tp,
+        local_kv_heads(model, tp) * model.head_dim,
+        model.intermediate_size // tp,
+    )
 
 
 def _names(buckets: Buckets) -> str:

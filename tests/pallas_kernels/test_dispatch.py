@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from pallas_kernels.dispatch import (
 from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import MODELS, POPULARITIES, row_slots
 
-H200, SHAPE = "NVIDIA H200", KernelShape(head_dim=128, page_size=16, dtype="bfloat16")
+H200 = "NVIDIA H200"
+SHAPE = KernelShape(head_dim=128, page_size=16, dtype="bfloat16", lora_widths=(4096, 11008))
 
 
 @pytest.mark.parametrize(
@@ -56,16 +58,23 @@ def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them(
 
 
 @pytest.mark.parametrize(
-    ("device_kind", "change", "reason"),
+    ("op", "device_kind", "change", "reason"),
     [
-        ("NVIDIA A100-SXM4-80GB", {}, "device 'NVIDIA A100-SXM4-80GB', allowed: H100"),
-        ("NVIDIA H100 80GB HBM3", {"head_dim": 96}, "head_dim 96, allowed: 64, 128"),
-        (H200, {"page_size": 12}, "page_size 12, allowed: multiples of 8"),
-        (H200, {}, f"JAX {jax.__version__}, allowed: 0.11 and up"),
-        (H200, {"dtype": "float32"}, "dtype float32, allowed: bfloat16"),
+        ("lora_expand", H200, {"lora_widths": (128, 344)}, r"widths \[344\], allowed: multiples"),
+        ("kv_write", "NVIDIA A100-SXM4-80GB", {}, "device 'NVIDIA A100-SXM4-80GB', allowed: H100"),
+        (
+            "decode_attention",
+            "NVIDIA H100 80GB HBM3",
+            {"head_dim": 96},
+            "head_dim 96, allowed: 64, 128",
+        ),
+        ("ragged_attention", H200, {"page_size": 12}, "page_size 12, allowed: multiples of 8"),
+        ("ragged_attention", H200, {}, f"JAX {jax.__version__}, allowed: 0.11 and up"),
+        ("ragged_attention", H200, {"dtype": "float32"}, "dtype float32, allowed: bfloat16"),
     ],
 )
 def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
+    op: str,
     device_kind: str,
     change: dict[str, Any],
     reason: str,
@@ -73,18 +82,18 @@ def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(dispatch, "_HAS_MOSAIC", "JAX" not in reason)
-    monkeypatch.setattr(dispatch, "MOSAIC_OPS", frozenset({"ragged_attention"}))
-    monkeypatch.setattr(dispatch, "MOSAIC_BEST", frozenset({"ragged_attention"}))
+    monkeypatch.setattr(dispatch, "MOSAIC_OPS", frozenset({op}))
+    monkeypatch.setattr(dispatch, "MOSAIC_BEST", frozenset({op}))
     where: dict[str, Any] = {
         "platform": "gpu",
         "device_kind": device_kind,
         "shape": dataclasses.replace(SHAPE, **change),
     }
-    with pytest.raises(ValueError, match=f"'mosaic' of ragged_attention: {reason}"):
+    with pytest.raises(ValueError, match=f"'mosaic' of {op}: {reason}"):
         resolve_kernels("mosaic", **where)
     with caplog.at_level("INFO", logger="pallas_kernels"):
         assert resolve_kernels(None, **where) == KernelChoice.uniform("triton")
-    assert f"ragged_attention: triton and not mosaic: {reason}" in caplog.text
+    assert re.search(f"{op}: triton and not mosaic: {reason}", caplog.text)
 
 
 def test_a_choice_names_what_differs() -> None:
