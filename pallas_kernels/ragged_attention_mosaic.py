@@ -265,7 +265,7 @@ def _kernel(
 
         @pl.when(group == COMPUTE_GROUPS)
         def copy() -> None:
-            plgpu.set_max_registers(48, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
             kv_head = jax.lax.div(head, jnp.int32(heads_per_kv))
             _copy_kv(tile, pages, page_table, kv_head, num_kv_heads, memory, config=config)
 
