@@ -33,7 +33,8 @@ class KernelChoice:
     lora_expand: Implementation
     decode_attention: Implementation
     ragged_attention: Implementation
-    kv_write: Implementation
+    rope_write: Implementation
+    add_rms_norm: Implementation
 
     @classmethod
     def uniform(cls, implementation: Implementation) -> KernelChoice:

@@ -61,7 +61,12 @@ def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them(
     ("op", "device_kind", "change", "reason"),
     [
         ("lora_expand", H200, {"lora_widths": (128, 344)}, r"widths \[344\], allowed: multiples"),
-        ("kv_write", "NVIDIA A100-SXM4-80GB", {}, "device 'NVIDIA A100-SXM4-80GB', allowed: H100"),
+        (
+            "rope_write",
+            "NVIDIA A100-SXM4-80GB",
+            {},
+            "device 'NVIDIA A100-SXM4-80GB', allowed: H100",
+        ),
         (
             "decode_attention",
             "NVIDIA H100 80GB HBM3",
@@ -97,8 +102,8 @@ def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
 
 
 def test_a_choice_names_what_differs() -> None:
-    choice = dataclasses.replace(KernelChoice.uniform("triton"), kv_write="xla")
-    assert str(choice) == "triton, kv_write xla"
+    choice = dataclasses.replace(KernelChoice.uniform("triton"), rope_write="xla")
+    assert str(choice) == "triton, rope_write xla"
 
 
 @pytest.mark.parametrize(
