@@ -161,9 +161,8 @@ def build_runner(
     log.info("%s", plan)
     block_q = BLOCK_Q[kernels.ragged_attention]
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
-    if (
-        kernels.lora_shrink != "xla"
-    ):  # a reference costs no launch of its own, and compiling takes longer
+    # a reference costs no launch of its own, and compiling takes longer
+    if kernels.lora_shrink != "xla":
         buckets = dataclasses.replace(buckets, lora_variants=tuple(lora_variants.MODULES))
     spec = StepSpec(
         config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
