@@ -297,7 +297,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--pool-bytes", type=int)
-    parser.add_argument("--kernels", choices=("xla", "triton"))
+    parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"))
     parser.add_argument("--cache-dir")
     parser.add_argument("--scratch", help="where adapters are written")
     parser.add_argument("--trace", type=Path, help="folder for a profile of decode steps")

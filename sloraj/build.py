@@ -24,7 +24,7 @@ from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
 from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import read_adapter
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
 from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
@@ -48,7 +48,7 @@ from sloraj.runner.state import RunnerConfig
 MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
-BLOCK_Q = {"xla": 16, "triton": 64}
+BLOCK_Q = {"xla": 16, "triton": 64, "mosaic": 128}
 # On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
 LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
 INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
@@ -131,7 +131,17 @@ def build_runner(
     tp = mesh.size
     device = mesh.devices.flat[0]
     try:
-        kernels = resolve_implementation(config.kernels, device.platform)
+        kernels = resolve_kernels(
+            config.kernels,
+            platform=device.platform,
+            device_kind=device.device_kind,
+            shape=KernelShape(
+                head_dim=model_config.head_dim,
+                page_size=config.page_size,
+                dtype=dtype,
+                lora_widths=lora_widths(model_config, tp),
+            ),
+        )
     except ValueError as error:
         raise ConfigError(f"kernels: {error}", param="kernels") from error
     layout = PoolLayout(
@@ -158,7 +168,8 @@ def build_runner(
     plan = _plan(config, model_config, layout, device, weight_bytes, min_pages, adapter_pages)
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
-    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
+    block_q = BLOCK_Q[kernels.ragged_attention]
+    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
     buckets = dataclasses.replace(buckets, lora_variants=LORA_VARIANTS[device.platform])
     spec = StepSpec(
         config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
@@ -207,13 +218,24 @@ def build_runner(
         "bos_token_id": model_config.bos_token_id,
         "max_rank": max_rank,
         "dtype": dtype,
-        "kernels": kernels,
+        "kernels": str(kernels),
         "device": device.device_kind,
         "num_pages": plan.num_pages,
         "page_size": config.page_size,
         "num_programs": runner.num_programs,
     }
     return runner, scheduler_config, layout, info
+
+
+def lora_widths(model: ModelConfig, tp: int) -> tuple[int, ...]:
+    """The widths of inputs and outputs of adapted modules, on one device."""
+    return (
+        model.hidden_size,
+        model.hidden_size // tp,
+        model.num_heads * model.head_dim // tp,
+        local_kv_heads(model, tp) * model.head_dim,
+        model.intermediate_size // tp,
+    )
 
 
 def _names(buckets: Buckets) -> str:
