@@ -140,6 +140,7 @@ def measure_installs(core: EngineCore, rows: int, num_prompt: int) -> dict[str, 
         "with_20_a_second_ms": with_20_s * 1e3,
         "with_one_a_step_ms": with_each_s * 1e3,
         "slower_at_20_a_second": with_20_s / alone_s - 1,
+        "num_installed": installs.num_sent,
     }
     for at_once in (1, 4):
         installs.at_once = at_once
