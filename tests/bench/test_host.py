@@ -35,9 +35,8 @@ def test_installs_ride_with_real_decode_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(idle, "NUM_STEPS", 6)
-    result = run(
-        idle, tmp_path / "idle.json", monkeypatch, geometry="tiny", rows=4, context=24, installs=""
-    )
+    sizes = {"rows": 4, "context": 24, "max-num-batched-tokens": 32, "pool-bytes": 8_000_000}
+    result = run(idle, tmp_path / "idle.json", monkeypatch, geometry="tiny", installs="", **sizes)
     assert result["compiles_after_ready"] == 0
     assert result["rows"][0]["engine_ms"] > 0 and result["rows"][0]["raw_ms"] > 0
     assert result["installs"]["num_installed"] > 10
