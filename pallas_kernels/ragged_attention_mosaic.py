@@ -276,6 +276,7 @@ def ragged_attention_mosaic(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
+    base: jax.Array | None = None,
     *,
     num_kv_heads: int,
     page_size: int,
@@ -295,7 +296,7 @@ def ragged_attention_mosaic(
     )
     queries = (COMPUTE_GROUPS, ROWS, head_dim)
     per_block = block_kv // page_size
-    out_ref = jax.new_ref(jnp.zeros_like(q))
+    out_ref = jax.new_ref(jnp.zeros_like(q) if base is None else base)
     plgpu.kernel(
         functools.partial(
             _kernel,

@@ -122,4 +122,5 @@ class SchedulerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     host_adapter_bytes: int | None = None
+    token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind

@@ -50,21 +50,19 @@ class StepSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have length 0 and page
-    0.
-    """
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have page 0."""
 
     token_ids: jax.Array  # [T]
     positions: jax.Array  # [T]
     rows: jax.Array  # [T] row-state index
     pages: jax.Array  # [T] page that the token's key and value go to
     offsets: jax.Array  # [T] place in that page
-    lengths: jax.Array  # [T] visible positions of a single-token row; 0 for padding
+    lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
     segments: jax.Array  # [layers, slots, 7, 4]
     lora_tiles: LoraTiles
-    query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
+    query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -225,15 +223,22 @@ def _attend(
     inputs: StepInputs,
     spec: StepSpec,
 ) -> jax.Array:
+    """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
+    num_singles = min(len(q), len(inputs.page_table) - 1)  # at most: one a row, less the null row
     if inputs.query_tiles is None:
-        return paged_decode_attention(
-            q, pool, inputs.page_table, inputs.rows, inputs.lengths, window,
-            num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-            implementation=spec.kernels.decode_attention,
-        )  # fmt: skip
+        num_singles = len(q)
+    singles = paged_decode_attention(
+        q[:num_singles], pool, inputs.page_table, inputs.rows[:num_singles],
+        inputs.lengths[:num_singles], window,
+        num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+        implementation=spec.kernels.decode_attention,
+    )  # fmt: skip
+    if inputs.query_tiles is None:
+        return singles
     return paged_ragged_attention(
         q, pool, inputs.page_table, inputs.query_tiles, window,
+        jnp.pad(singles, ((0, len(q) - num_singles), (0, 0), (0, 0))),
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
         implementation=spec.kernels.ragged_attention,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from sloraj.parallel.mesh import local_kv_heads, make_mesh
 from sloraj.request import SamplingParams, Sequence
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import make_buckets
+from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.state import RunnerConfig
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -81,8 +82,8 @@ class Driver:
         self.runner.compile(
             quiet,
             only=[
-                self.mixed, self.decode, ("sample", "greedy", max_num_seqs), ("install", 1),
-                ("install", 8), ("bind",), ("reset",), ("count",),
+                self.mixed, self.decode, ("sample", "greedy", max_num_seqs),
+                *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
             ],
         )  # fmt: skip
         self._pages = itertools.count(1)
