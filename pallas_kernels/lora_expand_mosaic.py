@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
-from pallas_kernels.mosaic_blocks import ChunkCopy, Ref, interpret_params, plgpu, whole_chunks
+from pallas_kernels.mosaic_blocks import (
+    MAX_BARRIERS,
+    ChunkCopy,
+    Ref,
+    interpret_params,
+    plgpu,
+    whole_chunks,
+)
 from pallas_kernels.triton_blocks import AdapterArrays, Segment, read_segment, select_static
 
 ROWS_AT_ONCE = 4  # rows of a tile that share a pass over B; their sums are held in registers
@@ -173,7 +180,7 @@ def lora_expand_mosaic(
     num_tokens, width = base.shape
     config = config or Config()
     blocks = _column_blocks([whole_chunks(size) for size in out_sizes], config.block_chunks)
-    ring = min(config.num_slots, v.shape[2])
+    ring = min(config.num_slots, v.shape[2], MAX_BARRIERS)
     size = max(block.size for block in blocks)
     page_chunks = chunks_per_page(adapters.pool)
     kernel = functools.partial(

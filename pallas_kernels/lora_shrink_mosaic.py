@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
 from pallas_kernels.mosaic_blocks import (
+    MAX_BARRIERS,
     ChunkCopy,
     Ref,
     interpret_params,
@@ -136,7 +137,8 @@ def lora_shrink_mosaic(
     config = config or Config()
     pieces = _Pieces.of(row_chunks, config.block_chunks)
     row_bytes = len(pieces.starts) * pieces.size * CHUNK * x.dtype.itemsize
-    num_slots = min(config.block_ranks, num_rows, max(2, config.ring_bytes // row_bytes))
+    fitting = min(max(2, config.ring_bytes // row_bytes), MAX_BARRIERS // len(pieces.starts))
+    num_slots = min(config.block_ranks, num_rows, fitting)
     ring = num_slots * len(pieces.starts)
     page_chunks = chunks_per_page(adapters.pool)
     kernel = functools.partial(
