@@ -17,7 +17,6 @@ def lora_expand_reference(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -34,7 +33,7 @@ def lora_expand_reference(
         y_rows = y.at[rows].get(mode="fill", fill_value=0)
         column = column_offset
         for i, (module, out_size) in enumerate(zip(modules, out_sizes, strict=True)):
-            segment = segments[layer, slot, module]
+            segment = tiles.segments[layer, tile, module]
             rank = true_rank(segment)
             lora_b = gather_rows(
                 pool, slot_pages[slot], segment[2], rank, num_rows=num_ranks, width=out_size
@@ -58,7 +57,6 @@ def lora_expand(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -81,7 +79,7 @@ def lora_expand(
     Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
-    check_adapter_tables(slot_pages, segments)
+    check_adapter_tables(slot_pages, tiles)
     num_tokens = tiles.row_order.shape[0]
     if base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
         raise ValueError(
@@ -97,7 +95,6 @@ def lora_expand(
             v,
             pool,
             slot_pages,
-            segments,
             layer,
             tiles,
             column_offset,
@@ -108,7 +105,7 @@ def lora_expand(
         return triton.lora_expand_triton(
             base,
             v,
-            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            adapter_arrays(pool, slot_pages, layer, tiles),
             column_offset,
             modules=modules,
             out_sizes=out_sizes,

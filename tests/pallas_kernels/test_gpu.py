@@ -96,7 +96,7 @@ def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
     num_tokens = len(case.row_slots)
     base = rng.normal(size=(num_tokens, sum(sizes))).astype(jnp.bfloat16)
     v = rng.normal(size=(num_tokens, len(modules), 64)).astype(np.float32)
-    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     shrunk, expanded = (np.asarray(array) for array in run(case.x, base, v, *adapters))
 
     for (row, place), want in case.shrunk(modules).items():

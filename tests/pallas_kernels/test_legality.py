@@ -56,6 +56,7 @@ def lora_tiles(num_tokens: int, block_rows: int) -> LoraTiles:
         row_order=array(num_tokens),
         starts=array(capacity + 1),
         slots=array(capacity),
+        segments=array(32, capacity, 7, 4),
         num_tiles=array(1),
         block_rows=block_rows,
     )
@@ -63,7 +64,7 @@ def lora_tiles(num_tokens: int, block_rows: int) -> LoraTiles:
 
 def adapters(model: ModelShape, num_tokens: int, block_rows: int) -> tuple[Any, ...]:
     pool = bf16(NUM_PAGES, model.page_elems)
-    return pool, array(65, 80), array(32, 65, 7, 4), array(), lora_tiles(num_tokens, block_rows)
+    return pool, array(65, 80), array(), lora_tiles(num_tokens, block_rows)
 
 
 @pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
