@@ -73,7 +73,8 @@ def lora_expand(
                y[t, column_offset + sum(out_sizes[:i]) + n] += sum_{k < rank} v[t, i, k] B_m[k, n].
     Args:      base: `[T, W]`, given up to the result where the compiler can.
                v: f32 `[T, len(modules), R]`, R at least the rank of every slot in tiles.
-               column_offset: i32 scalar. The rest as in `lora_shrink`.
+               column_offset: i32 scalar, a multiple of gcd(128, W, *out_sizes). The rest as in
+               `lora_shrink`.
     Returns:   y: base's dtype, `[T, W]`; f32 accumulation, base included, and one rounding.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.

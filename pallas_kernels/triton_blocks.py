@@ -19,6 +19,7 @@ from pallas_kernels.adapter_layout import CHUNK, KIND_LORA
 from pallas_kernels.tiles import LoraTiles
 
 NUM_PROGRAMS = 768  # enough for the 132 multiprocessors of an H200
+MIN_TILE_PROGRAMS = 128  # a row each of a batch that decodes beside a prefill
 MIN_DOT = 16  # rows and depth of the smallest tensor-core product
 Ref = Any  # Pallas has no public type for the references that a kernel gets
 
@@ -186,9 +187,17 @@ def column_mask(column: jax.Array, width: int, stop: int) -> jax.Array | None:
 
 
 def num_tile_programs(adapters: AdapterArrays, block_rows: int) -> int:
-    """Programs along the axis of tiles: each takes every n-th tile."""
-    capacity, num_tokens = adapters.slots.shape[0], adapters.row_order.shape[0]
-    return capacity if block_rows == 1 else min(capacity, 2 * -(-num_tokens // block_rows))
+    """Programs along the axis of tiles: each takes every n-th tile.
+
+    Tiles are rarely as many as there may be, and even a program without one takes its time.
+    """
+    capacity: int = adapters.slots.shape[0]
+    num_tokens: int = adapters.row_order.shape[0]
+    return (
+        capacity
+        if block_rows == 1
+        else min(capacity, max(MIN_TILE_PROGRAMS, 2 * -(-num_tokens // block_rows)))
+    )
 
 
 def for_each_tile(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import triton_blocks
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_expand_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
@@ -188,6 +189,22 @@ def test_every_configuration_gives_the_same_answer(block_rows: int, config: Conf
     _, y, want = expand(
         case, out_sizes=out_sizes, num_ranks=24, implementation="triton", config=config
     )
+    assert_close(y, want)
+
+
+def test_programs_take_several_tiles_where_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "MIN_TILE_PROGRAMS", 1)
+    case = make_case(
+        row_slots=np.arange(1, 10, dtype=np.int32),
+        ranks={slot: {0: slot} for slot in range(1, 10)},
+        in_size=64,
+        out_size={0: 136},
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=2,
+    )
+    _, y, want = expand(case, out_sizes={0: 136}, num_ranks=9, implementation="triton")
     assert_close(y, want)
 
 

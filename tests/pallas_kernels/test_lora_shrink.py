@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import triton_blocks
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
@@ -162,6 +163,22 @@ def test_every_configuration_gives_the_same_answer(block_rows: int, config: Conf
         seed=1,
     )
     v = shrink(case, modules=(0,), num_rows=24, implementation="triton", config=config)
+    assert_is_oracle(v, case, (0,))
+
+
+def test_programs_take_several_tiles_where_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "MIN_TILE_PROGRAMS", 1)
+    case = make_case(
+        row_slots=np.arange(1, 10, dtype=np.int32),
+        ranks={slot: {0: slot} for slot in range(1, 10)},
+        in_size=136,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=2,
+    )
+    v = shrink(case, modules=(0,), num_rows=9, implementation="triton")
     assert_is_oracle(v, case, (0,))
 
 
