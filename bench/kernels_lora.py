@@ -27,6 +27,7 @@ from bench.record import commit, record
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.shapes import MODELS, ModelShape, row_slots
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.tuning_table import device_kind
 from sloraj.runner.buckets import DECODE_BLOCK_ROWS, MIXED_BLOCK_ROWS
 
@@ -35,6 +36,7 @@ RANKS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 GROUPS = {"attention": ((0, 1, 2), (3,)), "mlp": ((4, 5), (6,))}  # modules that share an input
 MAX_RANK = 64
+BESIDE_PREFILL = "beside-prefill"
 SHARES = {"8": 0.5, "16": 0.7, "32": 0.7, "64": 0.85}  # of the read bandwidth, in decode
 PREFILL_SHARES = {"16": 0.10, "64": 0.15}  # of the base products
 CACHE_BYTES = 200e6  # inputs rotate over at least so much
@@ -98,6 +100,11 @@ def decode_cases() -> Iterator[Case]:
 
 
 def prefill_cases() -> Iterator[Case]:
+    for rank in ("16", "64"):
+        yield Case(
+            model="llama-7b", group="attention", num_rows=512, rank=rank,
+            popularity=BESIDE_PREFILL, num_layers=8,
+        )  # fmt: skip
     for model in ("llama-7b", "llama-3.1-8b"):
         for num_rows in (2048, 8192):
             for rank in ("16", "64"):
@@ -111,10 +118,7 @@ def prefill_cases() -> Iterator[Case]:
 def prepare(case: Case, adapters: Adapters, kernels: str) -> Callable[[], float]:
     """Compile a case's program of many layers; the result times it, in seconds a layer."""
     groups = GROUPS[case.group]
-    block_rows = DECODE_BLOCK_ROWS if case.is_decode else MIXED_BLOCK_ROWS
-    capacity = case.num_rows if case.is_decode else case.num_rows // block_rows + SPARE_TILES
-    slots = batch_slots(case)
-    tiles = cut_tiles(slots, adapters, block_rows=block_rows, capacity=capacity)
+    tiles = step_tiles(case, adapters)
     in_sizes = [case.shape.module_sizes(modules[0])[0] for modules in groups]
     out_sizes = [tuple(case.shape.module_sizes(m)[1] for m in modules) for modules in groups]
 
@@ -149,8 +153,20 @@ def prepare(case: Case, adapters: Adapters, kernels: str) -> Callable[[], float]
 
 
 def batch_slots(case: Case) -> np.ndarray:
-    """The slot of each row; rows of a slot adjoin, as those of one prompt do."""
+    """The slot of each row; rows of a slot adjoin, as those of one prompt do.
+
+    beside-prefill: a row of each slot but the last, which has all other rows.
+    """
+    if case.popularity == BESIDE_PREFILL:
+        return np.minimum(np.arange(1, case.num_rows + 1), case.num_slots)
     return np.sort(row_slots(case.popularity, case.num_rows, case.num_slots, seed=0))
+
+
+def step_tiles(case: Case, adapters: Adapters) -> LoraTiles:
+    """The tiles of the case's batch, as a step has them."""
+    block_rows = DECODE_BLOCK_ROWS if case.is_decode else MIXED_BLOCK_ROWS
+    capacity = case.num_rows if case.is_decode else case.num_rows // block_rows + SPARE_TILES
+    return cut_tiles(batch_slots(case), adapters, block_rows=block_rows, capacity=capacity)
 
 
 def world_key(case: Case) -> tuple[Any, ...]:
@@ -170,7 +186,7 @@ def judge(case: Case, adapters: Adapters, seconds: float, peaks: Peaks) -> dict[
     target_s = None
     if case.is_decode and case.popularity == "distinct" and case.rank in SHARES:
         target_s = limit_s(floor_s, SHARES[case.rank])
-    if not case.is_decode:
+    if not case.is_decode and case.popularity != BESIDE_PREFILL:
         base_s = case.base_flops() / peaks.flops_per_s
         target_s = base_s * PREFILL_SHARES[case.rank]
     return {

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
     NUM_PROGRAMS,
@@ -226,6 +227,19 @@ def _dot_exact(v: jax.Array, b: jax.Array) -> jax.Array:
     return dot_f32(high, b) + dot_f32(low, b)
 
 
+def find_config(
+    tiles: AdapterArrays | LoraTiles, *, block_rows: int, width: int, num_ranks: int
+) -> tuple[str, Config]:
+    """The key of a shape in the tuning table, and the configuration for it."""
+    sizes = {
+        "num_tiles": num_tile_programs(tiles, block_rows),
+        "block_rows": block_rows,
+        "width": width,
+    }
+    key = shape_key(num_ranks=num_ranks, **sizes)
+    return key, tuned("lora_expand", key, Config) or Config.heuristic(**sizes)
+
+
 def lora_expand_triton(
     base: jax.Array,
     v: jax.Array,
@@ -240,11 +254,10 @@ def lora_expand_triton(
 ) -> jax.Array:
     """`lora_expand` in Pallas-Triton."""
     page_chunks = chunks_per_page(adapters.pool)
-    num_tiles = num_tile_programs(adapters, block_rows)
     if config is None:
-        sizes = {"num_tiles": num_tiles, "block_rows": block_rows, "width": sum(out_sizes)}
-        key = shape_key(num_ranks=v.shape[2], **sizes)
-        config = tuned("lora_expand", key, Config) or Config.heuristic(**sizes)
+        _, config = find_config(
+            adapters, block_rows=block_rows, width=sum(out_sizes), num_ranks=v.shape[2]
+        )
     widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
     # a block of a row lies in two pages at most
     block_chunks = min(config.block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
@@ -257,7 +270,7 @@ def lora_expand_triton(
         kernel,
         jax.ShapeDtypeStruct(base.shape, base.dtype),
         name="lora_expand",
-        grid=(num_column_blocks, num_tiles),
+        grid=(num_column_blocks, num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

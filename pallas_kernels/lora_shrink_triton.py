@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
     NUM_PROGRAMS,
@@ -205,6 +206,24 @@ def _shrink_tile(
     jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
 
 
+def find_config(
+    tiles: AdapterArrays | LoraTiles,
+    *,
+    block_rows: int,
+    width: int,
+    num_modules: int,
+    num_rows: int,
+) -> tuple[str, Config]:
+    """The key of a shape in the tuning table, and the configuration for it."""
+    sizes = {
+        "num_tiles": num_tile_programs(tiles, block_rows) * num_modules,
+        "block_rows": block_rows,
+        "num_rows": num_rows,
+    }
+    key = shape_key(width=width, **sizes)
+    return key, tuned("lora_shrink", key, Config) or Config.heuristic(**sizes)
+
+
 def lora_shrink_triton(
     x: jax.Array,
     adapters: AdapterArrays,
@@ -218,12 +237,14 @@ def lora_shrink_triton(
 ) -> jax.Array:
     """`lora_shrink` in Pallas-Triton."""
     chunks_per_page(adapters.pool)  # or raises
-    num_tiles = num_tile_programs(adapters, block_rows)
     if config is None:
-        sizes = {"num_tiles": num_tiles * len(modules), "block_rows": block_rows}
-        sizes["num_rows"] = num_rows
-        key = shape_key(width=x.shape[1], **sizes)
-        config = tuned("lora_shrink", key, Config) or Config.heuristic(**sizes)
+        _, config = find_config(
+            adapters,
+            block_rows=block_rows,
+            width=x.shape[1],
+            num_modules=len(modules),
+            num_rows=num_rows,
+        )
     kernel = functools.partial(
         _kernel, config=config, modules=modules, rank_split=rank_split, block_rows=block_rows
     )
@@ -231,7 +252,7 @@ def lora_shrink_triton(
         kernel,
         jax.ShapeDtypeStruct((x.shape[0], len(modules), num_rows), jnp.float32),
         name="lora_shrink",
-        grid=(config.num_shares, len(modules), num_tiles),
+        grid=(config.num_shares, len(modules), num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

@@ -186,13 +186,13 @@ def column_mask(column: jax.Array, width: int, stop: int) -> jax.Array | None:
     return None if stop <= width else column < width
 
 
-def num_tile_programs(adapters: AdapterArrays, block_rows: int) -> int:
+def num_tile_programs(tiles: AdapterArrays | LoraTiles, block_rows: int) -> int:
     """Programs along the axis of tiles: each takes every n-th tile.
 
     Tiles are rarely as many as there may be, and even a program without one takes its time.
     """
-    capacity: int = adapters.slots.shape[0]
-    num_tokens: int = adapters.row_order.shape[0]
+    capacity: int = tiles.slots.shape[0]
+    num_tokens: int = tiles.row_order.shape[0]
     return (
         capacity
         if block_rows == 1
