@@ -60,7 +60,6 @@ class StepInputs:
     lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
-    segments: jax.Array  # [layers, slots, 7, 4]
     lora_tiles: LoraTiles
     query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
@@ -195,7 +194,7 @@ class _Delta:
         self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
     ) -> jax.Array:
         return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            x, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
             implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
@@ -209,7 +208,7 @@ class _Delta:
         column_offset: jax.Array,
     ) -> jax.Array:
         return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            base, v, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
             implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
