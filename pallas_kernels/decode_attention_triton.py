@@ -54,6 +54,19 @@ class Config:
         return cls(extra_parts=extra, min_part=MIN_PART, block_kv=64, num_warps=4, num_stages=3)
 
 
+def table_key(
+    *, head_dim: int, num_heads: int, num_kv_heads: int, num_rows: int, max_length: int
+) -> str:
+    """Where the tuning table has this shape; of lengths it knows only whether rows may be long."""
+    return shape_key(
+        head_dim=head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_rows=num_rows,
+        long=max_length > LONGEST_WHOLE,
+    )
+
+
 class Parts(NamedTuple):
     """Cuts of the rows' contexts, i32 `[P]` unless said; inside a kernel, references to them."""
 
@@ -61,7 +74,7 @@ class Parts(NamedTuple):
     row: jax.Array  # of the page table
     begin: jax.Array  # first position
     end: jax.Array  # after the last one
-    count: jax.Array  # parts of the same token
+    siblings: jax.Array  # parts of the same token, itself included
     first_of: jax.Array  # [T] the first part of each token
     count_of: jax.Array  # [T]
 
@@ -92,7 +105,7 @@ def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config:
         row=rows[index],
         begin=jnp.maximum(begin[index], from_block * config.block_kv),
         end=jnp.minimum(lengths[index], (from_block + part_blocks) * config.block_kv),
-        count=count_of[index],
+        siblings=count_of[index],
         first_of=first_of,
         count_of=count_of,
     )
@@ -136,11 +149,12 @@ def _attend_kernel(
         )
 
         def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
-            written, visible = (end, None) if is_edge else (None, None)
+            written, visible = None, None
             if is_edge:
                 position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
                 is_visible = (position >= begin) & (position < end)
                 visible = jnp.broadcast_to(is_visible[None, :], (len(place), config.block_kv))
+                written = end
             k = pages.load(0, block, config.block_kv, written)
             v = pages.load(1, block, config.block_kv, written)
             return softmax.attend(q, k, lambda: v, visible, scale=scale, interpret=interpret)
@@ -155,7 +169,7 @@ def _attend_kernel(
             out = softmax.normalised().astype(out_ref.dtype)
             pltriton.store(out_ref.at[at(token)], out, mask=mask)
             return
-        is_whole = parts.count[part] == 1
+        is_whole = parts.siblings[part] == 1
 
         @pl.when(is_whole)
         def finish() -> None:
@@ -237,10 +251,11 @@ def decode_attention_triton(
             "num_kv_heads": num_kv_heads,
             "max_length": page_table.shape[1] * page_size,
         }
-        key = shape_key(head_dim=head_dim, num_heads=num_heads, **sizes)
+        key = table_key(head_dim=head_dim, num_heads=num_heads, **sizes)
         config = tuned("paged_decode_attention", key, Config) or Config.heuristic(**sizes)
     parts = cut_contexts(rows, lengths, window, config)
     num_parts = len(parts.token) if config.extra_parts else 1
+    out: jax.Array
     out, *unjoined = triton_call(
         functools.partial(
             _attend_kernel,

@@ -184,11 +184,11 @@ def test_scores_that_are_not_finite_show_in_their_token_and_in_no_other(
 
 
 @pytest.mark.parametrize(
-    ("block_heads", "block_kv", "window"),
-    [(1, 16, NO_WINDOW), (2, 32, 50), (4, 16, 50), (4, 32, 3), (1, 8, 20)],
+    ("block_heads", "units_together", "block_kv", "window"),
+    [(1, 4, 16, NO_WINDOW), (2, 1, 32, 50), (4, 8, 16, 50), (4, 1, 32, 3), (1, 1, 8, 20)],
 )
 def test_how_the_work_is_divided_does_not_show(
-    block_heads: int, block_kv: int, window: int
+    block_heads: int, units_together: int, block_kv: int, window: int
 ) -> None:
     contexts = make_contexts(
         lengths=[150, 12], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
@@ -196,7 +196,11 @@ def test_how_the_work_is_divided_does_not_show(
     tiles, tokens = make_query_tiles([(0, 110, 40), (1, 0, 12)], block_q=16, capacity=6)
     q = queries(len(tokens), 6, 32, np.float32)
     config = ragged_attention_triton.Config(
-        block_heads=block_heads, block_kv=block_kv, num_warps=4, num_stages=2
+        block_heads=block_heads,
+        units_together=units_together,
+        block_kv=block_kv,
+        num_warps=4,
+        num_stages=2,
     )
     out = ragged(contexts, q, tiles, window, implementation="triton", config=config)
     for t, token in enumerate(tokens):
