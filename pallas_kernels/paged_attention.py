@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode_attention_triton as decode_triton
+from pallas_kernels import ragged_attention_mosaic as ragged_mosaic
 from pallas_kernels import ragged_attention_triton as ragged_triton
 from pallas_kernels.attention_blocks import LOWEST, divide_seen
 from pallas_kernels.dispatch import unknown_implementation
@@ -215,7 +216,7 @@ def paged_ragged_attention(
     page_size: int,
     scale: float,
     implementation: str,
-    config: ragged_triton.Config | None = None,
+    config: ragged_triton.Config | ragged_mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of tiles of query tokens over the pages of their sequences.
@@ -244,7 +245,23 @@ def paged_ragged_attention(
             scale=scale,
         )
     if implementation == "triton":
+        assert not isinstance(config, ragged_mosaic.Config)
         return ragged_triton.ragged_attention_triton(
+            q,
+            pool,
+            page_table,
+            tiles,
+            window,
+            base,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, ragged_triton.Config)
+        return ragged_mosaic.ragged_attention_mosaic(
             q,
             pool,
             page_table,

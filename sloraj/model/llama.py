@@ -15,6 +15,7 @@ from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from pallas_kernels.add_norm import add_rms_norm, rms_norm
+from pallas_kernels.dispatch import KernelChoice
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
@@ -42,7 +43,7 @@ class StepSpec:
     tp: int
     page_size: int
     max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: str  # implementation of every op
+    kernels: KernelChoice
     lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
 
 
@@ -102,12 +103,12 @@ class DecoderLayer(_Parameters):
         x, delta: the same of the block before; they are added where the sum is normed anyway.
         pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
-        eps, kernels = spec.config.rms_norm_eps, spec.kernels
+        eps, kernel = spec.config.rms_norm_eps, spec.kernels.add_rms_norm
         with jax.named_scope("attention"):
-            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernel)
             delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernel)
             return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
@@ -136,7 +137,7 @@ class DecoderLayer(_Parameters):
                 page_size=spec.page_size,
             ),
             eps=config.rms_norm_eps,
-            implementation=spec.kernels,
+            implementation=spec.kernels.rope_write,
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
@@ -196,7 +197,7 @@ class _Delta:
         return lora_shrink(
             x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
 
     def _expand(
@@ -210,7 +211,7 @@ class _Delta:
         return lora_expand(
             base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def _attend(
         q[:num_singles], pool, inputs.page_table, inputs.rows[:num_singles],
         inputs.lengths[:num_singles], window,
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-        implementation=spec.kernels,
+        implementation=spec.kernels.decode_attention,
     )  # fmt: skip
     if inputs.query_tiles is None:
         return singles
@@ -239,7 +240,7 @@ def _attend(
         q, pool, inputs.page_table, inputs.query_tiles, window,
         jnp.pad(singles, ((0, len(q) - num_singles), (0, 0), (0, 0))),
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-        implementation=spec.kernels,
+        implementation=spec.kernels.ragged_attention,
     )  # fmt: skip
 
 

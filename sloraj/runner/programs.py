@@ -36,6 +36,8 @@ from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sam
 
 COUNT_TOKENS = 512  # tokens one count program takes
 WHOLE = PartitionSpec()
+# The graph runs what does not depend on each other at once: a shrink beside the base product.
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> Any:
@@ -91,7 +93,8 @@ def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> A
         out_specs=(state_spec, WHOLE),
         check_vma=False,  # Pallas calls carry no varying-axes types
     )
-    return jax.jit(sharded, donate_argnums=2)
+    is_gpu = mesh.devices.flat[0].platform != "cpu"
+    return jax.jit(sharded, donate_argnums=2, compiler_options=GPU_OPTIONS if is_gpu else None)
 
 
 def _specs(rules: dict[str, ParamRule]) -> dict[str, PartitionSpec]:
