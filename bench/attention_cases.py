@@ -134,10 +134,9 @@ def attend(
     window, base = jnp.int32(UNLIMITED), None
     if len(rows):
         base = paged_decode_attention(
-            q[: len(rows)], pool, page_table, rows, lengths, window, **keywords, **decode
+            q, pool, page_table, rows, lengths, window, **keywords, **decode
         )
         if tiles is None:
             return base
-        base = jnp.pad(base, ((0, len(q) - len(rows)), (0, 0), (0, 0)))
     assert tiles is not None
     return paged_ragged_attention(q, pool, page_table, tiles, window, base, **keywords, **ragged)

@@ -82,12 +82,13 @@ def decode_configs(
         extras += [max(1, 528 // num_kv_heads)]
     for extra in extras:
         for min_part in (128, 256) if extra and rows <= 16 else (256,):
-            for block_kv, num_warps, num_stages in (
-                *((64, 4, 3), (64, 4, 6), (32, 4, 8), (32, 2, 8), (64, 2, 3)),
+            for edges_apart, block_kv, num_warps, num_stages in (
+                *((True, 64, 4, 3), (False, 64, 4, 3), (True, 64, 4, 6), (False, 64, 4, 6)),
+                *((False, 32, 4, 8), (False, 64, 2, 3)),
             ):
                 yield decode_triton.Config(
-                    extra_parts=extra, min_part=min_part, block_kv=block_kv,
-                    num_warps=num_warps, num_stages=num_stages,
+                    extra_parts=extra, min_part=min_part, edges_apart=edges_apart,
+                    block_kv=block_kv, num_warps=num_warps, num_stages=num_stages,
                 )  # fmt: skip
 
 

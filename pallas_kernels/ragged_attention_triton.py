@@ -52,7 +52,7 @@ class Config:
         return cls(
             block_heads=heads,
             units_together=32,
-            block_kv=min(128, STAGED_BYTES // position_bytes),
+            block_kv=min(max(64, rows), 128, STAGED_BYTES // position_bytes),
             num_warps=8 if rows >= MAX_QUERIES else 4,
             num_stages=3,
         )
