@@ -224,20 +224,18 @@ def _attend(
 ) -> jax.Array:
     """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
-    num_singles = min(len(q), len(inputs.page_table) - 1)  # at most: one a row, less the null row
-    if inputs.query_tiles is None:
-        num_singles = len(q)
-    singles = paged_decode_attention(
-        q[:num_singles], pool, inputs.page_table, inputs.rows[:num_singles],
-        inputs.lengths[:num_singles], window,
-        num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+    num_singles = len(q)
+    if inputs.query_tiles is not None:  # then at most one a row, less the null row
+        num_singles = min(len(q), len(inputs.page_table) - 1)
+    out = paged_decode_attention(
+        q, pool, inputs.page_table, inputs.rows[:num_singles], inputs.lengths[:num_singles],
+        window, num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
         implementation=spec.kernels.decode_attention,
     )  # fmt: skip
     if inputs.query_tiles is None:
-        return singles
+        return out
     return paged_ragged_attention(
-        q, pool, inputs.page_table, inputs.query_tiles, window,
-        jnp.pad(singles, ((0, len(q) - num_singles), (0, 0), (0, 0))),
+        q, pool, inputs.page_table, inputs.query_tiles, window, out,
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
         implementation=spec.kernels.ragged_attention,
     )  # fmt: skip
