@@ -11,6 +11,7 @@ choices are cost-model defaults here: autotuning needs the device.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import tempfile
 import time
@@ -28,6 +29,7 @@ from sloraj.adapters.layout import max_adapter_pages
 from sloraj.config import PoolLayout
 from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.parallel.mesh import local_kv_heads
+from sloraj.runner import lora_variants
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import CompileJob
 from sloraj.runner.jobs import make_jobs
@@ -60,7 +62,10 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
         layout=layout, num_pages=args.num_pages, max_num_seqs=128, max_model_len=1024,
         max_adapter_slots=1024, max_adapter_pages=max_adapter_pages(layout, config, 64),
     )  # fmt: skip
-    return make_jobs(model, mesh, make_buckets(128, 2048, 16, 64), runner_config)
+    buckets = dataclasses.replace(
+        make_buckets(128, 2048, 16, 64), lora_variants=tuple(lora_variants.MODULES)
+    )
+    return make_jobs(model, mesh, buckets, runner_config)
 
 
 def main() -> None:
@@ -87,7 +92,7 @@ def main() -> None:
         started = time.perf_counter()
         with jax.sharding.use_abstract_mesh(target):
             compiled = job.program.lower(*job.arguments).compile()
-        print(f"{name:24} {time.perf_counter() - started:6.1f} s  {describe(compiled)}", flush=True)
+        print(f"{name:30} {time.perf_counter() - started:6.1f} s  {describe(compiled)}", flush=True)
 
 
 def describe(compiled: Any) -> str:

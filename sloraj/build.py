@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
-from sloraj.runner import DeviceRunner
+from sloraj.runner import DeviceRunner, lora_variants
 from sloraj.runner.buckets import Buckets, make_buckets
+from sloraj.runner.compiles import Key
 from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
@@ -110,8 +111,14 @@ def build_runner(
     ends: Leaves,
     layers: list[Leaves],
     on_progress: Progress,
+    *,
+    only: Collection[Key] | None = None,
 ) -> tuple[DeviceRunner, SchedulerConfig, PoolLayout, dict[str, Any]]:
-    """The runner, warm, with the numbers that the host side runs on. `config` is resolved."""
+    """The runner, warm, with the numbers that the host side runs on. `config` is resolved.
+
+    `only` names the programs that a benchmark is content with: they are compiled and nothing is
+    run.
+    """
     dtype, max_num_seqs = config.dtype, config.max_num_seqs
     max_num_batched_tokens = config.max_num_batched_tokens
     assert dtype is not None and max_num_seqs is not None and max_num_batched_tokens is not None
@@ -146,6 +153,8 @@ def build_runner(
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
+    if kernels != "xla":  # a reference costs no launch of its own, and compiling takes longer
+        buckets = dataclasses.replace(buckets, lora_variants=tuple(lora_variants.MODULES))
     spec = StepSpec(
         config=model_config,
         tp=tp,
@@ -170,8 +179,11 @@ def build_runner(
             checked=config.checked,
         ),
     )
-    repeats = 1 if device.platform == "cpu" else GPU_WARM_UP_REPEATS
-    runner.warm_up(on_progress, repeats=repeats)
+    if only is None:
+        repeats = 1 if device.platform == "cpu" else GPU_WARM_UP_REPEATS
+        runner.warm_up(on_progress, repeats=repeats)
+    else:
+        runner.compile(on_progress, only=only)
     log.info("kernels %s, %d programs, %s", kernels, runner.num_programs, _names(buckets))
     scheduler_config = SchedulerConfig(
         num_pages=plan.num_pages,

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.add_norm import add_rms_norm, rms_norm
 from pallas_kernels.linear import linear
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.rope_write import HeadNorms, HeadShape, rope_write
 from pallas_kernels.tiles import LoraTiles, QueryTiles
-from sloraj.model.rope import rope_frequencies, rotate, rotation
+from sloraj.model.rope import rope_frequencies, rotation
 from sloraj.parallel.collectives import (
     device_index,
     gather_rank_rows,
@@ -44,6 +45,7 @@ class StepSpec:
     max_rank: int  # padded rank of the shrink outputs; a multiple of tp
     kernels: str  # implementation of every op
     quantization: str | None = None  # of the layers' linear weights: "int8", "fp8"
+    lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
 
 
 @jax.tree_util.register_dataclass
@@ -66,11 +68,6 @@ class StepInputs:
     query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalise the last axis; weight is `[features]`."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
-    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
 class _Parameters(nnx.Module):
@@ -101,6 +98,7 @@ class DecoderLayer(_Parameters):
     def __call__(
         self,
         x: jax.Array,
+        delta: jax.Array,
         pool: jax.Array,
         layer: jax.Array,
         window: jax.Array,
@@ -108,18 +106,19 @@ class DecoderLayer(_Parameters):
         sin: jax.Array,
         inputs: StepInputs,
         spec: StepSpec,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x `[T, D]`, pool `[pages, page_elems]` (keys and values of the step are written to
-        it).
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The residual stream and what this block adds to it, each `[T, D]`, and the pool.
+
+        x, delta: the same of the block before; they are added where the sum is normed anyway.
+        pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
-        eps = spec.config.rms_norm_eps
+        eps, kernels = spec.config.rms_norm_eps, spec.kernels
         with jax.named_scope("attention"):
-            h = rms_norm(x, self.input_norm[...], eps)
-            out, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
-            x = x + out
+            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernels)
+            delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            h = rms_norm(x, self.post_norm[...], eps)
-            return x + self._mlp(h, pool, layer, inputs, spec), pool
+            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernels)
+            return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
         self,
@@ -139,17 +138,15 @@ class DecoderLayer(_Parameters):
         delta = _Delta(pool, layer, inputs, spec)
         qkv = self.linear_with_bias("qkv", h, spec)
         qkv = delta.column(qkv, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
-        q, k, v = jnp.split(qkv, [q_size, q_size + kv_size], axis=1)
-        q = q.reshape(-1, num_heads, config.head_dim)
-        k = k.reshape(-1, num_kv_heads, config.head_dim)
-        v = v.reshape(-1, num_kv_heads, config.head_dim)
-        if config.qk_norm:
-            q = rms_norm(q, self.q_norm[...], config.rms_norm_eps)
-            k = rms_norm(k, self.k_norm[...], config.rms_norm_eps)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        pool = kv_write(
-            pool, k, v, inputs.pages, inputs.offsets,
-            page_size=spec.page_size, implementation=spec.kernels,
+        norms = HeadNorms(self.q_norm[...], self.k_norm[...]) if config.qk_norm else None
+        q, pool = rope_write(
+            qkv, pool, cos, sin, inputs.pages, inputs.offsets, norms,
+            shape=HeadShape(
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=config.head_dim,
+                page_size=spec.page_size,
+            ),
+            eps=config.rms_norm_eps,
+            implementation=spec.kernels,
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
@@ -186,6 +183,8 @@ class _Delta:
         self, base: jax.Array, x: jax.Array, modules: tuple[int, ...], out_sizes: tuple[int, ...]
     ) -> jax.Array:
         """Column-parallel: each device shrinks with its rank rows, then one fused all-gather."""
+        if not set(modules) & set(self.spec.lora_modules):
+            return base
         tp = self.spec.tp
         v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
         return self._expand(base, gather_rank_rows(v, tp), modules, out_sizes, jnp.int32(0))
@@ -194,6 +193,8 @@ class _Delta:
         """Row-parallel: the partial shrink is summed; the device adds its columns to its
         partial.
         """
+        if module not in self.spec.lora_modules:
+            return base
         tp = self.spec.tp
         v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
         columns = self.spec.config.hidden_size // tp
@@ -327,12 +328,17 @@ def forward(
 
     @jax.jit
     def run_layer(
-        leaves: dict[str, jax.Array], x: jax.Array, pool: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return model.layer(leaves)(x, pool, layer, window, cos, sin, inputs, spec)
+        leaves: dict[str, jax.Array],
+        x: jax.Array,
+        delta: jax.Array,
+        pool: jax.Array,
+        layer: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return model.layer(leaves)(x, delta, pool, layer, window, cos, sin, inputs, spec)
 
     x = ends.embed_tokens(inputs.token_ids, spec)
+    delta = jnp.zeros_like(x)
     pools = list(pools)
     for index, leaves in enumerate(layer_leaves):
-        x, pools[index] = run_layer(leaves, x, pools[index], jnp.int32(index))
-    return pools, ends.logits(x[logit_indices], spec)
+        x, delta, pools[index] = run_layer(leaves, x, delta, pools[index], jnp.int32(index))
+    return pools, ends.logits(x[logit_indices] + delta[logit_indices], spec)

@@ -86,11 +86,3 @@ def rotation(
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse)[None, :]
     scale = jnp.float32(factor)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x `[T, heads, head_dim]` (halves convention, as Hugging Face stores q and k)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)

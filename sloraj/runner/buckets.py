@@ -37,6 +37,7 @@ class Buckets:
     decode: tuple[Bucket, ...]
     mixed: tuple[Bucket, ...]
     sample: tuple[int, ...]
+    lora_variants: tuple[str, ...] = ("all",)  # of each forward program
 
     def pick(self, num_tokens: int, is_decode: bool) -> Bucket:
         choices = self.decode if is_decode else self.mixed

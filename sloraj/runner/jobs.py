@@ -36,12 +36,13 @@ def make_jobs(model: Model, mesh: Mesh, buckets: Buckets, config: RunnerConfig) 
     ends, layers = unflatten(flat, model_config.num_layers)
     forwards = [
         CompileJob(
-            ("forward", bucket.name),
-            programs.forward_program(model, mesh, bucket),
+            ("forward", bucket.name, variant),
+            programs.forward_program(model, mesh, bucket, variant),
             (ends, layers, state.forward, state.sample.last_token, state.rows, state.table,
              ints(step_packing(bucket).size)),
         )
         for bucket in (*reversed(buckets.mixed), *buckets.decode)
+        for variant in buckets.lora_variants
     ]  # fmt: skip
     samples = [
         CompileJob(

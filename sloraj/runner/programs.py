@@ -1,6 +1,6 @@
 """The compiled programs: pure functions of device arrays, which the runner keeps and donates.
 
-forward   tokens -> logits; writes keys and values into the donated pool    one a token bucket
+forward   tokens -> logits; writes keys and values into the pool    one a token bucket and variant
 sample    logits -> tokens; updates last tokens and penalty counts    one a row bucket and variant
 reset     gives rows to new sequences
 count     counts prompt tokens for penalties
@@ -10,6 +10,7 @@ bind      points a slot at an installed version
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from sloraj.model.llama import Model, StepInputs, forward
 from sloraj.parallel.mesh import replicated
 from sloraj.parallel.sharding import ParamRule
 from sloraj.runner.buckets import Bucket
+from sloraj.runner.lora_variants import MODULES
 from sloraj.runner.packing import step_packing
 from sloraj.runner.rows import RowState, reset_rows
 from sloraj.runner.state import (
@@ -36,8 +38,10 @@ COUNT_TOKENS = 512  # tokens one count program takes
 WHOLE = PartitionSpec()
 
 
-def forward_program(model: Model, mesh: Mesh, bucket: Bucket) -> Any:
+def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> Any:
     """(ends, layers, state, last_token, rows, table, buffer) -> (state, StepLogits)."""
+    spec = dataclasses.replace(model.spec, lora_modules=MODULES[variant])
+    model = dataclasses.replace(model, spec=spec)
     packing = step_packing(bucket)
 
     def step(

@@ -29,6 +29,7 @@ from sloraj.model.weights import Leaves, Progress
 from sloraj.runner.buckets import Bucket, Buckets
 from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
+from sloraj.runner.lora_variants import SlotVariants
 from sloraj.runner.packing import known_token_ids, pack_step
 from sloraj.runner.programs import COUNT_TOKENS
 from sloraj.runner.rows import RESETS, has_penalties, needs_full_sampling, pack_resets
@@ -67,6 +68,7 @@ class DeviceRunner:
         self._known_at_reset: dict[int, int] = {}
         self._num_steps = self._num_install_bytes = 0
         self._programs: dict[Key, Any] = {}
+        self._slot_variants = SlotVariants(buckets.lora_variants)
         state = zeros(abstract_state(config, mesh, self._vocab_size))
         self._state, self._sample_state = state.forward, state.sample
         self._rows, self._table = state.rows, state.table
@@ -99,13 +101,14 @@ class DeviceRunner:
     def _run_every_program(self) -> None:
         self._reset_rows([])
         self._count_tokens(self._count_buffer([]))
-        self._bind_slot(0, 0, (), self._empty_segments())
+        self._bind_slot(0, 0, (), self._empty_segments())  # slot 0 stays empty
         for size in INSTALL_PAGES:
             self._install_pages(self._empty_staging(size), (0,) * size)
         logits_of: dict[int, StepLogits] = {}
         empty = ScheduledBatch(step=0, rows=())
         for bucket in (*self._buckets.decode, *self._buckets.mixed):
-            logits_of[bucket.num_logits] = self._run_forward(bucket, empty)
+            for variant in self._buckets.lora_variants:
+                logits_of[bucket.num_logits] = self._run_forward(bucket, variant, empty)
         for logits in logits_of.values():
             for variant in VARIANTS:
                 self._run_sample(variant, logits)
@@ -131,7 +134,8 @@ class DeviceRunner:
             self._reset_rows(resets[start : start + RESETS])
         self._count_prefill(batch)
         bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
-        logits = self._run_forward(bucket, batch)
+        variant = self._slot_variants.of({row.slot for row in batch.rows})
+        logits = self._run_forward(bucket, variant, batch)
         self._num_steps += 1
         sampled = tuple(row for row in batch.rows if row.samples)
         drawn = floats = None
@@ -153,11 +157,11 @@ class DeviceRunner:
         violations = int(handle.logits.violations) if self._config.checked else 0
         return StepResult(handle.batch.step, tuple(tokens), violations)
 
-    def _run_forward(self, bucket: Bucket, batch: ScheduledBatch) -> StepLogits:
+    def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
         buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
         logits: StepLogits
-        self._state, logits = self._programs["forward", bucket.name](
+        self._state, logits = self._programs["forward", bucket.name, variant](
             self._ends,
             self._layers,
             self._state,
@@ -212,6 +216,7 @@ class DeviceRunner:
                 stop = start + size
                 self._install_pages(pages[start:stop], install.pages[start:stop])
                 start = stop
+        self._slot_variants.bind(install.slot, install.packed.segments)
         self._bind_slot(install.slot, install.tag, install.pages, install.packed.segments)
         self._num_install_bytes += install.packed.num_bytes
 

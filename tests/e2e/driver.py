@@ -75,8 +75,8 @@ class Driver:
             ),
         )  # fmt: skip
         self.max_num_seqs, self.page_size = max_num_seqs, page_size
-        self.mixed = ("forward", buckets.mixed[-1].name)
-        self.decode = ("forward", buckets.decode[-1].name)
+        self.mixed = ("forward", buckets.mixed[-1].name, "all")
+        self.decode = ("forward", buckets.decode[-1].name, "all")
         self.runner.compile(
             quiet,
             only=[

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.rope_write import HeadShape, rope_write
 from pallas_kernels.shapes import MODELS, RANKS, row_slots
 from tests.pallas_kernels.attention_case import make_contexts, make_query_tiles
 from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.rope_case import make_rope_case, rope_oracle
 from tests.pallas_kernels.tolerances import assert_close, tensor_core_accumulation
 
 pytestmark = [
@@ -160,21 +162,38 @@ def test_attention_kernels_agree_with_the_oracle(
 
 @pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "demo"])
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
-def test_kv_lands_in_its_place(model: str, implementation: str) -> None:
-    shape = MODELS[model]
-    rng = np.random.default_rng(0)
-    size = (32, shape.num_kv_heads, shape.head_dim)
-    k, v = (rng.normal(size=size).astype(jnp.bfloat16) for _ in range(2))
-    pages = np.array([0, *rng.permutation(np.arange(1, 60))[:31]], np.int32)
-    offsets = rng.integers(0, 16, size=32).astype(np.int32)
-    want = rng.normal(size=(60, 2, shape.num_kv_heads, 16, shape.head_dim)).astype(jnp.bfloat16)
-    pool = jnp.asarray(want.reshape(60, -1))
-    write = jax.jit(
-        lambda *arrays: kv_write(*arrays, page_size=16, implementation=implementation),
-        donate_argnums=0,
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_heads_turn_and_land_in_their_places(
+    model: str, implementation: str, has_norms: bool
+) -> None:
+    sizes = MODELS[model]
+    shape = HeadShape(
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        page_size=sizes.page_size,
     )
-    got = np.asarray(write(pool, k, v, pages, offsets))
-    for token in range(1, 32):
-        want[pages[token], 0, :, offsets[token]] = k[token]
-        want[pages[token], 1, :, offsets[token]] = v[token]
-    np.testing.assert_array_equal(got[1:], want.reshape(60, -1)[1:])
+    case = make_rope_case(shape, num_tokens=32, has_norms=has_norms, dtype=jnp.bfloat16, seed=3)
+    run = jax.jit(
+        lambda *arrays: rope_write(*arrays, shape=shape, eps=1e-5, implementation=implementation)
+    )
+    q, pool = run(*case)
+    want_q, want_pool = rope_oracle(case, shape, 1e-5)
+    real = case.pages != 0
+    inner = jnp.bfloat16 if has_norms else np.float32  # normed heads are rounded, then turned
+    assert_close(np.asarray(q)[real], want_q[real], inner=inner)
+    assert_close(np.asarray(pool)[1:], want_pool[1:], inner=inner)
+
+
+@pytest.mark.parametrize("width", [896, 4096, 8192])
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+def test_sum_and_norm(width: int, implementation: str) -> None:
+    rng = np.random.default_rng(0)
+    x, delta = rng.normal(size=(2, 64, width)).astype(jnp.bfloat16)
+    weight = rng.uniform(0.5, 1.5, width).astype(jnp.bfloat16)
+    run = jax.jit(lambda *arrays: add_rms_norm(*arrays, 1e-5, implementation=implementation))
+    total, normed = run(x, delta, weight)
+    want = x.astype(np.float64) + delta.astype(np.float64)
+    assert_close(total, want)
+    scale = 1 / np.sqrt((want**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert_close(normed, want * scale * weight.astype(np.float64), inner=jnp.bfloat16)

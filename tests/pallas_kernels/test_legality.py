@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
+from pallas_kernels.rope_write import HeadNorms, HeadShape, rope_write
 from pallas_kernels.shapes import MODELS, ModelShape
 from pallas_kernels.tiles import LoraTiles, QueryTiles
 
@@ -117,11 +118,37 @@ def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
     def prefill(*args: Any) -> Any:
         return paged_ragged_attention(*args, **keywords)
 
-    def write(*args: Any) -> Any:
-        return kv_write(*args, page_size=model.page_size, implementation="triton")
-
-    table, q, kv = array(256, 512), bf16(64, heads, head_dim), bf16(64, kv_heads, head_dim)
+    table, q = array(256, 512), bf16(64, heads, head_dim)
     assert TRITON in lowered(decode, q, pool, table, array(64), array(64), array())
     assert TRITON in lowered(prefill, q, pool, table, tiles, array())
-    program = lowered(write, pool, kv, kv, array(64), array(64), donate=(0,))
+
+
+@pytest.mark.parametrize(
+    "model", [*MODELS.values(), *ODD_HEADS.values()], ids=[*MODELS, *ODD_HEADS]
+)
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool) -> None:
+    shape = HeadShape(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=model.page_size,
+    )
+    pool, weight = bf16(NUM_PAGES, model.page_elems), bf16(model.head_dim)
+    norms = HeadNorms(weight, weight) if has_norms else None
+    angle = array(64, model.head_dim // 2, dtype=jnp.float32)
+
+    def write(*args: Any) -> Any:
+        return rope_write(*args, shape=shape, eps=1e-6, implementation="triton")
+
+    program = lowered(
+        write, bf16(64, shape.width), pool, angle, angle, array(64), array(64), norms, donate=(1,)
+    )
+    assert TRITON in program
     assert "output_operand_alias" in program
+
+    def add_norm(*args: Any) -> Any:
+        return add_rms_norm(*args, 1e-6, implementation="triton")
+
+    x = bf16(64, model.hidden_size)
+    assert TRITON in lowered(add_norm, x, x, bf16(model.hidden_size))

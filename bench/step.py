@@ -1,0 +1,188 @@
+"""Time of a step on the device against its floor: decode and prefill, with adapters and without.
+
+    python -m bench.step --geometry llama-7b --batches 1,8,64,256 --out bench/results/.../step.json
+
+"s1": every row has an adapter of its own, of rank 8 on q, k, v, o; "s2": ranks 64, 32, 16, 8 in
+turn. Steps are enqueued back to back by hand, so this is the device's rate, without the engine's
+host work. Weights and prompts are random. `--profile` adds the kernels of one of the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.floors import Peaks, measure_peaks
+from bench.geometries import GEOMETRIES, write_geometry
+from bench.profile_step import profile
+from bench.random_adapters import random_adapter_loader
+from bench.record import commit, record
+from bench.step_driver import StepDriver
+from bench.step_floor import decode_floor_s, prefill_floor_s
+from checkpoints.hf_config import read_model_config
+from checkpoints.model_config import ModelConfig
+from sloraj.batch import PackedAdapter
+from sloraj.build import build_runner
+from sloraj.config import EngineConfig, PoolLayout, resolve
+from sloraj.environment import prepare_jax
+from sloraj.model.weights import random_parameters
+from sloraj.parallel.mesh import make_mesh
+from sloraj.runner.buckets import make_buckets
+from sloraj.runner.compiles import Key
+from sloraj.runner.lora_variants import MODULES
+
+RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
+NOT_RECORDED = ("out", "cache_dir", "commit")
+
+
+class Bench:
+    """One runner, with adapters of every rank packed once and installed as often as rows need."""
+
+    def __init__(self, args: argparse.Namespace, model: str) -> None:
+        prepare_jax(args.cache_dir)
+        self.peaks = measure_peaks() if args.measure_peaks else Peaks()  # before memory is taken
+        self.args, self.config = args, read_model_config(model)
+        mesh = make_mesh(1)
+        rows = max(args.batches)
+        engine = resolve(
+            EngineConfig(
+                model=model, random_weights=True, max_num_seqs=rows,
+                max_num_batched_tokens=args.max_num_batched_tokens, max_rank=64,
+                max_model_len=args.context + 256, max_adapter_slots=2 * rows + 8,
+                kernels=args.kernels,
+            ),
+            jax.default_backend(),
+        )  # fmt: skip
+        assert engine.dtype is not None
+        ends, layers = random_parameters(self.config, mesh, jax.numpy.dtype(engine.dtype), 0)
+        self.runner, _, layout, self.info = build_runner(
+            engine, self.config, mesh, ends, layers, lambda *_: None, only=_needed(args)
+        )
+        self.packed = _packed(self.config, layout)
+
+    def case(self, rows: int, name: str) -> dict[str, Any]:
+        """One batch size and kind of rows: prefill, then decode."""
+        args = self.args
+        info = self.info
+        driver = StepDriver(
+            self.runner, page_size=info["page_size"], num_pages=info["num_pages"],
+            vocab_size=self.config.vocab_size,
+        )  # fmt: skip
+        ranks = [RANKS[name][i % len(RANKS[name])] for i in range(rows)]
+        slots = [driver.install(self.packed[rank]) if rank else 0 for rank in ranks]
+        sequences = driver.open_rows(slots, args.context)
+        prefill_s = driver.prefill(sequences, args.max_num_batched_tokens)
+        decode_s = min(driver.decode(sequences, args.steps) for _ in range(args.repeats))
+        floor_s = decode_floor_s(
+            self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks
+        )
+        result: dict[str, Any] = {
+            "rows": rows,
+            "kind": name,
+            "decode_step_s": decode_s,
+            "decode_floor_s": floor_s,
+            "decode_over_floor": decode_s / floor_s,
+        }
+        prompts = max(1, args.max_num_batched_tokens // args.context)
+        if len(prefill_s) >= 2 and rows % prompts == 0:
+            step_s = float(np.median(prefill_s))
+            floor = prefill_floor_s(self.config, self.peaks, prompts=prompts, length=args.context)
+            result |= {
+                "prefill_tokens_per_s": prompts * args.context / step_s,
+                "prefill_floor_share": floor / step_s,
+            }
+        if args.profile and rows == args.profile:
+            result["profile"] = profile(lambda: driver.decode(sequences, 7), 8)
+        return result
+
+
+def _needed(args: argparse.Namespace) -> list[Key]:
+    """The programs that the cases run."""
+    buckets = make_buckets(max(args.batches), args.max_num_batched_tokens, 16, 64)
+    steps = [buckets.pick(rows, True) for rows in args.batches]
+    steps += [buckets.pick(min(args.max_num_batched_tokens, args.context), False)]
+    steps += [buckets.mixed[-1]]
+    return [
+        *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
+        *{("sample", "greedy", bucket.num_logits) for bucket in steps},
+        ("install", 8), ("install", 1), ("bind",), ("reset",), ("count",),
+    ]  # fmt: skip
+
+
+def _packed(config: ModelConfig, layout: PoolLayout) -> dict[int, PackedAdapter]:
+    load = random_adapter_loader(config, layout, 64)
+    return {rank: load(f"random:{rank}:0")[0] for rank in (8, 16, 32, 64)}
+
+
+def main() -> None:
+    args = _parse()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, write_geometry(args.geometry, Path(scratch)))
+    startup_s = time.perf_counter() - started
+    cases = [bench.case(rows, name) for rows in args.batches for name in args.kinds]
+    result = {
+        "bench": "step",
+        "device": bench.info["device"],
+        "commit": args.commit or commit(),
+        "jax": jax.__version__,
+        "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
+        "kernels": str(bench.info["kernels"]),
+        "peaks": {
+            "read_bytes_per_s": bench.peaks.read_bytes_per_s,
+            "flops_per_s": bench.peaks.flops_per_s,
+        },
+        "startup_s": startup_s,
+        "num_programs": bench.runner.num_programs,
+        "compiles_after_ready": bench.runner.stats()["compiles_after_ready"],
+        "cases": cases,
+    }
+    record(result, args.out)
+    print(table(cases))
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """The cases for people to read."""
+    lines = ["rows kind   decode ms  floor ms  ratio   prefill tok/s  share of floor"]
+    for case in cases:
+        prefill = case.get("prefill_tokens_per_s", float("nan"))
+        share = case.get("prefill_floor_share", float("nan"))
+        lines.append(
+            f"{case['rows']:4d} {case['kind']:5s} {case['decode_step_s'] * 1e3:10.3f} "
+            f"{case['decode_floor_s'] * 1e3:9.3f} {case['decode_over_floor']:6.3f} "
+            f"{prefill:15.0f} {share:15.2f}"
+        )
+        for group, cost in sorted(case.get("profile", {}).get("groups", {}).items()):
+            lines.append(f"       {group:14s} {cost['us']:9.1f} us {cost['kernels']:7.1f} kernels")
+    return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    def ints(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
+    parser.add_argument("--batches", type=ints, default=[1, 8, 64, 256])
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(RANKS))
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--kernels")
+    parser.add_argument("--profile", type=int, help="rows of the batches to look into")
+    parser.add_argument("--measure-peaks", action="store_true")
+    parser.add_argument("--cache-dir")
+    parser.add_argument("--commit", help="where the tree is not a repository")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

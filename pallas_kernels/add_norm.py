@@ -1,0 +1,91 @@
+"""Residual addition and the norm of its sum, in one pass over the activations."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.triton_blocks import Ref, next_power_of_2, triton_call
+
+ELEMENTS_PER_WARP = 1024
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Normalise the last axis; weight is `[features]`."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(eps))
+    return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+def add_rms_norm_reference(
+    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The specification of `add_rms_norm`."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
+def _kernel(
+    x_ref: Ref, delta_ref: Ref, weight_ref: Ref, total_ref: Ref, normed_ref: Ref, *, eps: float
+) -> None:
+    width = x_ref.shape[1]
+    column = jnp.arange(next_power_of_2(width), dtype=jnp.int32)
+    is_real = column < width
+    where = (jnp.full_like(column, pl.program_id(0)), column)
+
+    def load(ref: Ref) -> jax.Array:
+        value: jax.Array = pltriton.load(ref.at[where], mask=is_real, other=0)
+        return value.astype(jnp.float32)
+
+    total = (load(x_ref) + load(delta_ref)).astype(x_ref.dtype)
+    pltriton.store(total_ref.at[where], total, mask=is_real)
+    wide = total.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.sum(wide * wide) / width + jnp.float32(eps))
+    weight = pltriton.load(weight_ref.at[column], mask=is_real, other=0)
+    normed = (wide * scale).astype(x_ref.dtype) * weight
+    pltriton.store(normed_ref.at[where], normed, mask=is_real)
+
+
+def add_rms_norm(
+    x: jax.Array,
+    delta: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    *,
+    implementation: str,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of a residual stream and what is added to it, and the RMS norm of the sum.
+
+    Semantics: total = x + delta, rounded to x's dtype;
+               normed = (total / sqrt(mean(total ** 2) + eps)), rounded, times weight.
+    Args:      x, delta: `[T, D]`, of one dtype. weight: `[D]`, of the same.
+    Returns:   (total, normed), both `[T, D]`.
+    Raises:    ValueError: shapes or dtypes disagree, or the implementation is unknown.
+    Source:    RMSNorm (arXiv:1910.07467), rounded as Hugging Face's LlamaRMSNorm does.
+    """
+    if not x.shape == delta.shape or weight.shape != x.shape[1:]:
+        raise ValueError(f"x {x.shape}, delta {delta.shape} and weight {weight.shape} disagree")
+    if not x.dtype == delta.dtype == weight.dtype:
+        raise ValueError(f"x {x.dtype}, delta {delta.dtype} and weight {weight.dtype} disagree")
+    if implementation == "xla":
+        return add_rms_norm_reference(x, delta, weight, eps)
+    if implementation == "triton":
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        warps = next_power_of_2(x.shape[1]) // ELEMENTS_PER_WARP
+        total, normed = triton_call(
+            functools.partial(_kernel, eps=eps),
+            (out, out),
+            name="add_rms_norm",
+            grid=(x.shape[0],),
+            num_warps=min(max(warps, 1), 8),
+            num_stages=1,
+            interpret=interpret,
+        )(x, delta, weight)
+        return total, normed
+    raise unknown_implementation(implementation)
