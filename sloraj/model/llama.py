@@ -68,8 +68,6 @@ class StepInputs:
     query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
 
 
-
-
 class _Parameters(nnx.Module):
     """Holds the parameters that a table of rules names, as attributes."""
 
