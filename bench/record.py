@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return found.stdout.strip() or "unknown"
+
+
+def command() -> str:
+    """The command that is running, as a user would type it; output paths are left out."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip or word in ("--out", "--commit", "--cache-dir"):
+            skip = not skip
+            continue
+        words.append(word)
+    module = getattr(sys.modules["__main__"].__spec__, "name", Path(sys.argv[0]).name)
+    return " ".join(["python -m", module, *words])
 
 
 def record(result: dict[str, Any], out: Path | None) -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from bench.floors import Peaks, measure_peaks
 from bench.geometries import GEOMETRIES, write_geometry
 from bench.profile_step import profile
 from bench.random_adapters import random_adapter_loader
-from bench.record import commit, record
+from bench.record import command, commit, record
 from bench.step_driver import StepDriver
 from bench.step_floor import decode_floor_s, prefill_floor_s
+from bench.summary import target
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig
 from sloraj.batch import PackedAdapter
@@ -35,9 +35,11 @@ from sloraj.model.weights import random_parameters
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import Key
+from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
+ABSOLUTE_MS = {"base": 8.7, "s1": 9.0, "s2": 9.8}  # Llama-7B, 64 rows, context 512
 NOT_RECORDED = ("out", "cache_dir", "commit")
 
 
@@ -79,7 +81,8 @@ class Bench:
         ranks = [RANKS[name][i % len(RANKS[name])] for i in range(rows)]
         slots = [driver.install(self.packed[rank]) if rank else 0 for rank in ranks]
         sequences = driver.open_rows(slots, args.context)
-        prefill_s = driver.prefill(sequences, args.max_num_batched_tokens)
+        prompts = max(1, args.max_num_batched_tokens // args.context)
+        prefill_s = driver.prefill(sequences, prompts)
         decode_s = min(driver.decode(sequences, args.steps) for _ in range(args.repeats))
         floor_s = decode_floor_s(
             self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks,
@@ -92,16 +95,18 @@ class Bench:
             "decode_floor_s": floor_s,
             "decode_over_floor": decode_s / floor_s,
         }
-        prompts = max(1, args.max_num_batched_tokens // args.context)
-        if len(prefill_s) >= 2 and rows % prompts == 0:
-            step_s = float(np.median(prefill_s))
+        if prefill_s is not None and rows % prompts == 0:
             floor = prefill_floor_s(self.config, self.peaks, prompts=prompts, length=args.context)
             result |= {
-                "prefill_tokens_per_s": prompts * args.context / step_s,
-                "prefill_floor_share": floor / step_s,
+                "prefill_tokens_per_s": prompts * args.context / prefill_s,
+                "prefill_floor_share": floor / prefill_s,
             }
-        if args.profile and rows == args.profile:
+        if rows == args.profile:
             result["profile"] = profile(lambda: driver.decode(sequences, 7), 8)
+            again = driver.open_rows(slots[: 2 * prompts], args.context)
+            result["prefill_profile"] = profile(
+                lambda: driver.prefill(again, prompts), len(again) / prompts
+            )
         return result
 
 
@@ -114,7 +119,7 @@ def _needed(args: argparse.Namespace) -> list[Key]:
     return [
         *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
         *{("sample", "greedy", bucket.num_logits) for bucket in steps},
-        ("install", 8), ("install", 1), ("bind",), ("reset",), ("count",),
+        *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
     ]  # fmt: skip
 
 
@@ -132,6 +137,7 @@ def main() -> None:
     cases = [bench.case(rows, name) for rows in args.batches for name in args.kinds]
     result = {
         "bench": "step",
+        "command": command(),
         "device": bench.info["device"],
         "commit": args.commit or commit(),
         "jax": jax.__version__,
@@ -145,9 +151,64 @@ def main() -> None:
         "num_programs": bench.runner.num_programs,
         "compiles_after_ready": bench.runner.stats()["compiles_after_ready"],
         "cases": cases,
+        "targets": targets(cases, args.geometry),
     }
     record(result, args.out)
     print(table(cases))
+
+
+def targets(cases: list[dict[str, Any]], geometry: str) -> list[dict[str, Any]]:
+    """What the plan wants of steps: near the floor, with adapters as without."""
+    entries = []
+    base = {case["rows"]: case for case in cases if case["kind"] == "base"}
+    for case in cases:
+        rows, kind = case["rows"], case["kind"]
+        name = f"{geometry}, {rows} rows, {kind}"
+        step_ms, floor_ms = case["decode_step_s"] * 1e3, case["decode_floor_s"] * 1e3
+        limit = floor_ms * (1.25 if rows == 1 else 1.15)
+        entries.append(
+            target(
+                "6", f"decode step, {name}", measured=step_ms, floor=floor_ms, limit=limit,
+                unit="ms",
+            )
+        )  # fmt: skip
+        if (geometry, rows) == ("llama-7b", 64):
+            limit = ABSOLUTE_MS[kind]
+            entries.append(
+                target(
+                    "6", f"decode step, {name}, stated", measured=step_ms, limit=limit, unit="ms"
+                )
+            )
+        share, rate = case.get("prefill_floor_share"), case.get("prefill_tokens_per_s")
+        if share is not None and kind == "base":
+            entries.append(
+                target(
+                    "7", f"prefill, share of the floor, {name}", measured=share, limit=0.8,
+                    unit="of the floor", floor=1.0, is_minimum=True,
+                )
+            )  # fmt: skip
+        elif rate is not None and rows in base:
+            entries.append(
+                target(
+                    "7", f"prefill, share of the base's rate, {name}", is_minimum=True, limit=0.9,
+                    measured=rate / base[rows]["prefill_tokens_per_s"], unit="of base",
+                )
+            )  # fmt: skip
+        if "profile" in case and case["profile"]["groups"]:
+            entries.append(
+                target(
+                    "5", f"elementwise share of the step, {name}",
+                    measured=elementwise_share(case["profile"]["groups"]), limit=0.05, unit="of it",
+                )
+            )  # fmt: skip
+    return entries
+
+
+def elementwise_share(groups: dict[str, dict[str, float]]) -> float:
+    """Of the kernels' time, what is neither matmul nor attention nor LoRA."""
+    total = sum(cost["us"] for cost in groups.values())
+    named = ("matmul", "attention", "lora_shrink", "lora_expand")
+    return 1 - sum(groups[name]["us"] for name in named if name in groups) / total
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -161,8 +222,10 @@ def table(cases: list[dict[str, Any]]) -> str:
             f"{case['decode_floor_s'] * 1e3:9.3f} {case['decode_over_floor']:6.3f} "
             f"{prefill:15.0f} {share:15.2f}"
         )
-        for group, cost in sorted(case.get("profile", {}).get("groups", {}).items()):
-            lines.append(f"       {group:14s} {cost['us']:9.1f} us {cost['kernels']:7.1f} kernels")
+        for kind in ("profile", "prefill_profile"):
+            for group, cost in sorted(case.get(kind, {}).get("groups", {}).items()):
+                us, kernels = cost["us"], cost["kernels"]
+                lines.append(f"     {kind:16s} {group:14s} {us:9.1f} us {kernels:7.1f} kernels")
     return "\n".join(lines)
 
 

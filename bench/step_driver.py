@@ -17,6 +17,7 @@ from sloraj.request import SamplingParams, Sequence
 from sloraj.runner import DeviceRunner
 
 GREEDY = SamplingParams(temperature=0.0)
+UNCOUNTED = 4  # first steps of a run of prefills
 
 
 class StepDriver:
@@ -73,17 +74,24 @@ class StepDriver:
         installs, self._installs = tuple(self._installs), []
         return ScheduledBatch(0, tuple(rows), installs)
 
-    def prefill(self, sequences: Seq[Sequence], max_tokens: int) -> list[float]:
-        """Compute all prompts, as many at a time as fit; seconds of each step after the first."""
+    def prefill(self, sequences: Seq[Sequence], at_once: int) -> float | None:
+        """Compute all prompts, `at_once` in a step, enqueued without waiting; seconds a step.
+
+        The first steps are not counted: they install adapters and are not captured in a graph.
+        None where only those are left.
+        """
         context = sequences[0].num_prompt_tokens
-        at_once = max(1, max_tokens // context)
-        seconds = []
-        for first in range(0, len(sequences), at_once):
+        firsts = range(0, len(sequences), at_once)
+        started = time.perf_counter()
+        for step, first in enumerate(firsts):
             batch = self.batch(sequences[first : first + at_once], context)
-            started = time.perf_counter()
-            self._runner.collect(self._runner.execute(batch))
-            seconds.append(time.perf_counter() - started)
-        return seconds[1:]
+            handle = self._runner.execute(batch)
+            if step < UNCOUNTED:
+                self._runner.collect(handle)
+                started = time.perf_counter()
+        self._runner.collect(handle)
+        counted = len(firsts) - UNCOUNTED
+        return None if counted < 1 else (time.perf_counter() - started) / counted
 
     def decode(self, sequences: Seq[Sequence], num_steps: int) -> float:
         """Seconds a step of `num_steps` decode steps, enqueued without waiting for tokens."""

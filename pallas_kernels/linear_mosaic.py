@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # its types differ between JAX versions
-Ref = Any  # Pallas has no public type for the references that a kernel gets
+from pallas_kernels.mosaic_blocks import Ref, interpret_params, plgpu
 
 MIN_ROWS = 8  # of a tile of x: the narrow side of a wgmma
 WGMMA_ROWS = 64  # the wide side
+MAX_ROWS = 256  # of the narrow side
+SMEM_BYTES = 227 * 1024 - 1024  # of a block, less what barriers take
+NUM_BLOCKS = 132  # that run at once on an H100 or H200
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,51 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
+
+    def block_rows(self, num_rows: int) -> int:
+        """Rows of a tile of x: all of them."""
+        unit = MIN_ROWS if self.swap else WGMMA_ROWS
+        return pl.cdiv(num_rows, unit) * unit
+
+    def smem_bytes(self, num_rows: int, weight_bytes: int, out_bytes: int = 2) -> int:
+        """Shared memory of a block, for an x of two bytes an element."""
+        rows, block_out = self.block_rows(num_rows), self.block_out * self.num_groups
+        stage = self.block_in * (block_out * weight_bytes + rows * 2)
+        parts = (self.split_in - 1) * block_out * rows * 4
+        return self.num_stages * stage + parts + block_out * rows * out_bytes
+
+    def with_most_stages(self, num_rows: int, weight_bytes: int) -> Config | None:
+        """The deepest ring that fits, up to 8 steps; None where not even two do."""
+        for stages in range(8, 1, -1):
+            deeper = dataclasses.replace(self, num_stages=stages)
+            if deeper.smem_bytes(num_rows, weight_bytes) <= SMEM_BYTES:
+                return deeper
+        return None
+
+    @classmethod
+    def heuristic(
+        cls, *, num_rows: int, out_size: int, in_size: int, weight_bytes: int
+    ) -> Config | None:
+        """A reasonable choice where nothing was measured; None where the kernel cannot serve.
+
+        As many blocks as run at once, or a little fewer, of as many groups as that takes.
+        """
+        if num_rows > MAX_ROWS or out_size % MIN_ROWS:
+            return None
+        found: list[tuple[float, Config]] = []
+        for groups in (1, 2, 3, 4):
+            for split in (1, 2, 4):
+                if in_size % (128 * split):
+                    continue
+                config = cls(
+                    block_out=WGMMA_ROWS, num_groups=groups, block_in=128, split_in=split,
+                    num_beside=1, num_stages=2, swap=True,
+                ).with_most_stages(num_rows, weight_bytes)  # fmt: skip
+                if config is not None:
+                    blocks = pl.cdiv(out_size, groups * WGMMA_ROWS) * split
+                    waves = pl.cdiv(blocks, NUM_BLOCKS)
+                    found.append((blocks / (waves * NUM_BLOCKS) - 0.02 * split, config))
+        return max(found, key=lambda rated: rated[0])[1] if found else None
 
 
 def _transforms(row_size: int, dtype: jnp.dtype) -> tuple[Any, ...]:
@@ -164,11 +210,12 @@ def linear_mosaic(
 ) -> jax.Array:
     """`linear` in Mosaic GPU."""
     (num_rows, in_size), out_size = x.shape, weight.shape[0]
-    if in_size % (config.split_in * config.block_in):
-        raise NotImplementedError(f"{in_size} input features in {config}")
+    if in_size % (config.split_in * config.block_in) or num_rows > MAX_ROWS:
+        raise NotImplementedError(f"x {x.shape} and weight {weight.shape} with {config}")
     out_dtype = jnp.dtype(out_dtype)
-    unit = MIN_ROWS if config.swap else WGMMA_ROWS
-    block_rows = pl.cdiv(num_rows, unit) * unit
+    if interpret:  # the interpreter's wgmma takes no operand from registers
+        weight = weight.astype(x.dtype)
+    block_rows = config.block_rows(num_rows)
     block_size = config.block_out * config.num_groups
     wide, narrow = config.block_out, block_rows
     part = (wide, narrow) if config.swap else (narrow, wide)
@@ -195,6 +242,6 @@ def linear_mosaic(
             plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
         ],
         kernel_name="linear",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpret_params(interpret),
     )(x, weight, *(() if scale is None else (scale,)))  # fmt: skip
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import lora_expand_mosaic as mosaic
 from pallas_kernels import lora_expand_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
@@ -66,7 +67,7 @@ def lora_expand(
     modules: tuple[int, ...],
     out_sizes: tuple[int, ...],
     implementation: str,
-    config: triton.Config | None = None,
+    config: triton.Config | mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Add each row's low-rank product to the base output, several modules side by side.
@@ -105,7 +106,21 @@ def lora_expand(
             out_sizes=out_sizes,
         )
     if implementation == "triton":
+        assert not isinstance(config, mosaic.Config)
         return triton.lora_expand_triton(
+            base,
+            v,
+            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            column_offset,
+            modules=modules,
+            out_sizes=out_sizes,
+            block_rows=tiles.block_rows,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, triton.Config)
+        return mosaic.lora_expand_mosaic(
             base,
             v,
             adapter_arrays(pool, slot_pages, segments, layer, tiles),

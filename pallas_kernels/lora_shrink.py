@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import lora_shrink_mosaic as mosaic
 from pallas_kernels import lora_shrink_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
@@ -61,7 +62,7 @@ def lora_shrink(
     num_rows: int,
     rank_split: int,
     implementation: str,
-    config: triton.Config | None = None,
+    config: triton.Config | mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Project rows into the rank space of their adapters, several modules of one input at once.
@@ -73,8 +74,8 @@ def lora_shrink(
                layer: i32 scalar.
                num_rows: rows of v, at least ceil(rank / rank_split) of every slot in tiles.
                rank_split: devices over which the rank rows are dealt (1 for o and down).
-               config: how the Triton kernel works, in place of the measured or heuristic choice.
-               interpret: run the Triton kernel in the interpreter, on any device.
+               config: how the kernel works, in place of the measured or heuristic choice.
+               interpret: run the kernel in the interpreter, on any device.
     Returns:   v: f32 `[T, len(modules), num_rows]`.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's A once: rank / rank_split * in elements a tile and module.
@@ -96,6 +97,7 @@ def lora_shrink(
             rank_split=rank_split,
         )
     if implementation == "triton":
+        assert not isinstance(config, mosaic.Config)
         return triton.lora_shrink_triton(
             x,
             adapter_arrays(pool, slot_pages, segments, layer, tiles),
@@ -103,6 +105,17 @@ def lora_shrink(
             num_rows=num_rows,
             rank_split=rank_split,
             block_rows=tiles.block_rows,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, triton.Config)
+        return mosaic.lora_shrink_mosaic(
+            x,
+            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            modules=modules,
+            num_rows=num_rows,
+            rank_split=rank_split,
             config=config,
             interpret=interpret,
         )

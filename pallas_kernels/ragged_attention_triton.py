@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention_blocks import KvPages, Softmax
+from pallas_kernels.attention_blocks import (
+    KvPages,
+    Softmax,
+    attend_blocks,
+    whole_blocks,
+    window_blocks,
+)
 from pallas_kernels.tiles import QueryTiles
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
@@ -44,13 +50,14 @@ def _kernel(
     page_table_ref: Ref,
     tiles: QueryTiles,  # of references
     window_ref: Ref,
-    _: Ref,  # zeros that out starts from
+    _: Ref,  # what out starts from
     out_ref: Ref,
     *,
     config: Config,
     num_kv_heads: int,
     page_size: int,
     scale: float,
+    interpret: bool,
 ) -> None:
     tile, kv_head, head_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, num_heads, head_dim = q_ref.shape
@@ -71,24 +78,33 @@ def _kernel(
         q = pltriton.load(q_ref.at[where], mask=mask, other=0)
         q_position = first_position + place
         end = first_position + length
-        begin = jnp.maximum(0, first_position - window + 1)
         pages = KvPages(
             pool_ref, page_table_ref, tiles.row[tile], kv_head, num_kv_heads, page_size, head_dim
         )
 
-        def attend_block(block: jax.Array, softmax: Softmax) -> Softmax:
-            position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
-            is_real = (position >= begin) & (position < end)
-            k, v = pages.load(0, position, is_real), pages.load(1, position, is_real)
-            distance = q_position[:, None] - position[None, :]
-            visible = (distance >= 0) & (distance < window) & is_real[None, :]
-            return softmax.attend(q, k, v, visible, scale)
+        def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
+            written, visible = (end, None) if is_edge else (None, None)
+            if is_edge:
+                position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
+                distance = q_position[:, None] - position[None, :]
+                # as unsigned numbers: a negative distance is beyond every window
+                visible = distance.astype(jnp.uint32) < window.astype(jnp.uint32)
+            return softmax.attend(
+                q,
+                pages.load(0, block, config.block_kv, written),
+                lambda: pages.load(1, block, config.block_kv, written),
+                visible,
+                scale=scale,
+                interpret=interpret,
+            )
 
-        softmax = jax.lax.fori_loop(
-            jax.lax.div(begin, jnp.int32(config.block_kv)),
-            pl.cdiv(end, config.block_kv),
+        seen_by_any = (jnp.maximum(0, first_position - window + 1), end)
+        seen_by_all = (jnp.maximum(0, end - window), first_position + 1)
+        softmax = attend_blocks(
             attend_block,
             Softmax.empty(num_queries, head_dim),
+            window_blocks(*seen_by_any, config.block_kv),
+            whole_blocks(*seen_by_all, config.block_kv),
         )
         pltriton.store(out_ref.at[where], softmax.normalised().astype(out_ref.dtype), mask=mask)
 
@@ -99,6 +115,7 @@ def ragged_attention_triton(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
+    base: jax.Array | None,
     *,
     num_kv_heads: int,
     page_size: int,
@@ -116,7 +133,12 @@ def ragged_attention_triton(
     inputs = (q, pool, page_table, tiles, jnp.asarray(window, jnp.int32).reshape(1))
     out: jax.Array = triton_call(
         functools.partial(
-            _kernel, config=config, num_kv_heads=num_kv_heads, page_size=page_size, scale=scale
+            _kernel,
+            config=config,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            interpret=interpret,
         ),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="paged_ragged_attention",
@@ -125,5 +147,5 @@ def ragged_attention_triton(
         num_stages=config.num_stages,
         interpret=interpret,
         aliases={len(jax.tree.leaves(inputs)): 0},
-    )(*inputs, jnp.zeros_like(q))
+    )(*inputs, jnp.zeros_like(q) if base is None else base)
     return out

@@ -1,7 +1,7 @@
 """Plain values between the scheduler, which makes them, and the runner, which executes them.
 
 Order of effects within one step: installs, then row resets, then page appends, then the forward
-pass over all rows, then sampling for the rows that ask for it.
+pass over all rows, then sampling for the rows that ask for it. Sends run beside all of them.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class ScheduledBatch:
     step: int
     rows: tuple[ScheduledRow, ...]
     installs: tuple[AdapterInstall, ...] = ()
+    sends: tuple[AdapterInstall, ...] = ()  # the next step's first installs: their bytes may go now
 
     @property
     def num_tokens(self) -> int:

@@ -35,7 +35,7 @@ class EngineConfig:
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
     host_adapter_bytes: int | None = None  # None: no limit
-    kernels: str | None = None  # "xla", "triton"; None: triton on a GPU, xla on CPU
+    kernels: str | None = None  # "xla", "triton", "mosaic"; None: the best known of each op
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
     random_weights: bool = False  # benchmarks: only config.json is read
@@ -56,9 +56,10 @@ class EngineConfig:
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
             raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
-        if self.kernels not in (None, "xla", "triton"):
+        if self.kernels not in (None, "xla", "triton", "mosaic"):
             raise ConfigError(
-                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton'", param="kernels"
+                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
+                param="kernels",
             )
         if self.quantization not in (None, "int8", "fp8"):
             raise ConfigError(
@@ -127,4 +128,5 @@ class SchedulerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     host_adapter_bytes: int | None = None
+    token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind

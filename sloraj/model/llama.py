@@ -15,6 +15,7 @@ from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from pallas_kernels.add_norm import add_rms_norm, rms_norm
+from pallas_kernels.dispatch import KernelChoice
 from pallas_kernels.linear import linear
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -43,7 +44,7 @@ class StepSpec:
     tp: int
     page_size: int
     max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: str  # implementation of every op
+    kernels: KernelChoice
     quantization: str | None = None  # of the layers' linear weights: "int8", "fp8"
     lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
 
@@ -51,21 +52,19 @@ class StepSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have length 0 and page
-    0.
-    """
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have page 0."""
 
     token_ids: jax.Array  # [T]
     positions: jax.Array  # [T]
     rows: jax.Array  # [T] row-state index
     pages: jax.Array  # [T] page that the token's key and value go to
     offsets: jax.Array  # [T] place in that page
-    lengths: jax.Array  # [T] visible positions of a single-token row; 0 for padding
+    lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
     segments: jax.Array  # [layers, slots, 7, 4]
     lora_tiles: LoraTiles
-    query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
+    query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
 
 class _Parameters(nnx.Module):
@@ -83,7 +82,7 @@ class _Parameters(nnx.Module):
         """x `[T, in]` -> `[T, out]` in x's dtype, through the weight `name` without its bias."""
         weight = self.param(name)
         assert weight is not None
-        return linear(x, weight, self.param(f"{name}_scale"), implementation=spec.kernels)
+        return linear(x, weight, self.param(f"{name}_scale"), implementation=spec.kernels.linear)
 
     def linear_with_bias(self, name: str, x: jax.Array, spec: StepSpec) -> jax.Array:
         y, bias = self.linear(name, x, spec), self.param(f"{name}_bias")
@@ -110,12 +109,12 @@ class DecoderLayer(_Parameters):
         x, delta: the same of the block before; they are added where the sum is normed anyway.
         pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
-        eps, kernels = spec.config.rms_norm_eps, spec.kernels
+        eps, kernel = spec.config.rms_norm_eps, spec.kernels.add_rms_norm
         with jax.named_scope("attention"):
-            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernel)
             delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernel)
             return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
@@ -144,7 +143,7 @@ class DecoderLayer(_Parameters):
                 page_size=spec.page_size,
             ),
             eps=config.rms_norm_eps,
-            implementation=spec.kernels,
+            implementation=spec.kernels.rope_write,
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
@@ -204,7 +203,7 @@ class _Delta:
         return lora_shrink(
             x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
 
     def _expand(
@@ -218,7 +217,7 @@ class _Delta:
         return lora_expand(
             base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
 
 
@@ -230,17 +229,24 @@ def _attend(
     inputs: StepInputs,
     spec: StepSpec,
 ) -> jax.Array:
+    """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
+    num_singles = min(len(q), len(inputs.page_table) - 1)  # at most: one a row, less the null row
     if inputs.query_tiles is None:
-        return paged_decode_attention(
-            q, pool, inputs.page_table, inputs.rows, inputs.lengths, window,
-            num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-            implementation=spec.kernels,
-        )  # fmt: skip
+        num_singles = len(q)
+    singles = paged_decode_attention(
+        q[:num_singles], pool, inputs.page_table, inputs.rows[:num_singles],
+        inputs.lengths[:num_singles], window,
+        num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+        implementation=spec.kernels.decode_attention,
+    )  # fmt: skip
+    if inputs.query_tiles is None:
+        return singles
     return paged_ragged_attention(
         q, pool, inputs.page_table, inputs.query_tiles, window,
+        jnp.pad(singles, ((0, len(q) - num_singles), (0, 0), (0, 0))),
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-        implementation=spec.kernels,
+        implementation=spec.kernels.ragged_attention,
     )  # fmt: skip
 
 
@@ -262,7 +268,7 @@ class Ends(_Parameters):
         x = rms_norm(x, self.norm[...], spec.config.rms_norm_eps)
         table = self.param("lm_head")
         table = self.embed[...] if table is None else table
-        local = linear(x, table, out_dtype=jnp.float32, implementation=spec.kernels)
+        local = linear(x, table, out_dtype=jnp.float32, implementation=spec.kernels.linear)
         return gather_vocab(local, spec.tp)[:, : spec.config.vocab_size]
 
 

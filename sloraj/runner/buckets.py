@@ -11,7 +11,7 @@ SMALL_DECODE_ROWS = (1, 4, 16, 64)
 SAMPLE_ROWS = (8, 64)
 DECODE_BLOCK_ROWS = 8
 MIXED_BLOCK_ROWS = 32
-MIN_MIXED_TOKENS = 512
+MIN_MIXED_TOKENS, MIN_HALFWAY_TOKENS = 128, 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,11 @@ class Buckets:
 def make_buckets(
     max_num_seqs: int, max_num_batched_tokens: int, page_size: int, block_q: int
 ) -> Buckets:
-    """Few enough that compiling them is quick: about two dozen programs at 256 rows.
+    """Few enough that compiling them is quick: about two dozen programs at 128 rows.
 
     Decoding is bound by reading weights, so padding a few rows costs nothing: its buckets are far
-    apart while small. Mixed steps are bound by arithmetic: powers of two up to the token budget.
+    apart while small. Mixed steps are bound by arithmetic from a few hundred tokens on: powers of
+    two up to the token budget, and the sizes half-way between. The scheduler cuts to them.
     """
     sample = [n for n in SAMPLE_ROWS if 4 * n <= max_num_seqs] + [max_num_seqs]
 
@@ -74,15 +75,16 @@ def make_buckets(
     mixed = tuple(
         Bucket(
             num_tokens=n,
-            num_logits=max_num_seqs,
+            num_logits=fit(rows),
             is_decode=False,
-            num_appends=div_ceil(n, page_size) + 2 * max_num_seqs,
+            num_appends=div_ceil(n, page_size) + 2 * rows,
             block_rows=MIXED_BLOCK_ROWS,
-            num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + max_num_seqs,
+            num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + rows,
             block_q=block_q,
-            num_query_tiles=div_ceil(n, block_q) + max_num_seqs,
+            num_query_tiles=div_ceil(n, block_q) + rows,
         )
-        for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
+        for n in _mixed_tokens(max_num_batched_tokens)
+        for rows in [min(n, max_num_seqs)]
     )
     return Buckets(decode=decode, mixed=mixed, sample=tuple(sample))
 
@@ -90,6 +92,13 @@ def make_buckets(
 def _decode_rows(max_num_seqs: int) -> list[int]:
     small = [n for n in SMALL_DECODE_ROWS if n < max_num_seqs]
     return small + _doubling(min(2 * SMALL_DECODE_ROWS[-1], max_num_seqs), max_num_seqs)
+
+
+def _mixed_tokens(last: int) -> list[int]:
+    sizes = []
+    for n in _doubling(min(MIN_MIXED_TOKENS, last), last):
+        sizes += [n, n * 3 // 2] if n >= MIN_HALFWAY_TOKENS and 2 * n <= last else [n]
+    return sizes
 
 
 def _doubling(first: int, last: int) -> list[int]:

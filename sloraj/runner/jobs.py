@@ -23,7 +23,7 @@ from sloraj.runner.rows import RESET_PACKING
 from sloraj.runner.state import STAGING_SPEC, RunnerConfig, abstract_logits, abstract_state
 from sloraj.sampler import VARIANTS
 
-INSTALL_PAGES = (8, 1)  # pages an install program copies; large first
+INSTALL_PAGES = (8, 4, 2, 1)  # pages an install program copies; large first
 
 
 def make_jobs(model: Model, mesh: Mesh, buckets: Buckets, config: RunnerConfig) -> list[CompileJob]:

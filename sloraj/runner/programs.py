@@ -36,6 +36,8 @@ from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sam
 
 COUNT_TOKENS = 512  # tokens one count program takes
 WHOLE = PartitionSpec()
+# The graph runs what does not depend on each other at once: a shrink beside the base product.
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> Any:
@@ -91,7 +93,8 @@ def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> A
         out_specs=(state_spec, WHOLE),
         check_vma=False,  # Pallas calls carry no varying-axes types
     )
-    return jax.jit(sharded, donate_argnums=2)
+    is_gpu = mesh.devices.flat[0].platform != "cpu"
+    return jax.jit(sharded, donate_argnums=2, compiler_options=GPU_OPTIONS if is_gpu else None)
 
 
 def _specs(rules: dict[str, ParamRule]) -> dict[str, PartitionSpec]:
@@ -108,10 +111,12 @@ def _inputs(
     page_size: int,
 ) -> StepInputs:
     token_rows, positions = fields["rows"], fields["positions"]
-    is_token = jnp.arange(bucket.num_tokens, dtype=jnp.int32) < fields["num_tokens"]
+    token = jnp.arange(bucket.num_tokens, dtype=jnp.int32)
+    is_token = token < fields["num_tokens"]
     pages = page_table[token_rows, positions // page_size]
-    query_tiles = None
+    query_tiles, num_singles = None, fields["num_tokens"]
     if not bucket.is_decode:
+        num_singles = fields["num_singles"]
         row, q_start, q_len, position = fields["query_tiles"]
         query_tiles = QueryTiles(
             row=row, q_start=q_start, q_len=q_len, position=position,
@@ -124,7 +129,7 @@ def _inputs(
         rows=token_rows,
         pages=jnp.where(is_token, pages, 0),
         offsets=positions % page_size,
-        lengths=jnp.where(is_token, positions + 1, 0),
+        lengths=jnp.where(token < num_singles, positions + 1, 0),
         page_table=page_table,
         slot_pages=table.slot_pages,
         segments=table.segments,

@@ -26,6 +26,7 @@ from sloraj.batch import (
 )
 from sloraj.model.llama import Model
 from sloraj.model.weights import Leaves, Progress
+from sloraj.runner.arena import HostArena
 from sloraj.runner.buckets import Bucket, Buckets
 from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
@@ -65,8 +66,11 @@ class DeviceRunner:
         self._null_row = config.null_row
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
+        self.host_arena = HostArena(mesh.devices.flat[0])
+        self._staging_sharding = NamedSharding(mesh, STAGING_SPEC)
+        self._staged: dict[int, list[jax.Array]] = {}  # by tag: pages on their way
         self._known_at_reset: dict[int, int] = {}
-        self._num_steps = self._num_install_bytes = 0
+        self._num_steps = self._num_install_bytes = self._num_padding_tokens = 0
         self._programs: dict[Key, Any] = {}
         self._slot_variants = SlotVariants(buckets.lora_variants)
         state = zeros(abstract_state(config, mesh, self._vocab_size))
@@ -103,7 +107,8 @@ class DeviceRunner:
         self._count_tokens(self._count_buffer([]))
         self._bind_slot(0, 0, (), self._empty_segments())  # slot 0 stays empty
         for size in INSTALL_PAGES:
-            self._install_pages(self._empty_staging(size), (0,) * size)
+            staging = jax.device_put(self._empty_staging(size), self._staging_sharding)
+            self._install_pages(staging, (0,) * size)
         logits_of: dict[int, StepLogits] = {}
         empty = ScheduledBatch(step=0, rows=())
         for bucket in (*self._buckets.decode, *self._buckets.mixed):
@@ -129,6 +134,8 @@ class DeviceRunner:
         """
         for install in batch.installs:
             self._install_adapter(install)
+        # A copy starts when what is enqueued before it has ended, and runs beside what comes after.
+        self._staged = {send.tag: self._send_pages(send) for send in batch.sends}
         resets = [row for row in batch.rows if row.is_reset]
         for start in range(0, len(resets), RESETS):
             self._reset_rows(resets[start : start + RESETS])
@@ -137,6 +144,7 @@ class DeviceRunner:
         variant = self._slot_variants.of({row.slot for row in batch.rows})
         logits = self._run_forward(bucket, variant, batch)
         self._num_steps += 1
+        self._num_padding_tokens += bucket.num_tokens - batch.num_tokens
         sampled = tuple(row for row in batch.rows if row.samples)
         drawn = floats = None
         if sampled:
@@ -209,21 +217,30 @@ class DeviceRunner:
 
     # --- adapters ------------------------------------------------------------------------------
 
-    def _install_adapter(self, install: AdapterInstall) -> None:
-        start, pages = 0, install.packed.pages
+    def _send_pages(self, install: AdapterInstall) -> list[jax.Array]:
+        """Start the copies of a version's pages, in pieces of INSTALL_PAGES."""
+        pages, start = install.packed.pages, 0
+        sent: list[jax.Array] = []
         for size in INSTALL_PAGES:
             while len(install.pages) - start >= size:
-                stop = start + size
-                self._install_pages(pages[start:stop], install.pages[start:stop])
-                start = stop
+                sent.append(jax.device_put(pages[start : start + size], self._staging_sharding))
+                start += size
+        self._num_install_bytes += install.packed.num_bytes
+        return sent
+
+    def _install_adapter(self, install: AdapterInstall) -> None:
+        staged = self._staged.pop(install.tag, None)
+        start = 0
+        for piece in self._send_pages(install) if staged is None else staged:
+            stop = start + piece.shape[0]
+            self._install_pages(piece, install.pages[start:stop])
+            start = stop
         self._slot_variants.bind(install.slot, install.packed.segments)
         self._bind_slot(install.slot, install.tag, install.pages, install.packed.segments)
-        self._num_install_bytes += install.packed.num_bytes
 
-    def _install_pages(self, staging: np.ndarray, pages: tuple[int, ...]) -> None:
-        on_device = jax.device_put(staging, NamedSharding(self._mesh, STAGING_SPEC))
+    def _install_pages(self, staging: jax.Array, pages: tuple[int, ...]) -> None:
         pools = self._programs["install", len(pages)](
-            self._state.pools, on_device, np.array(pages, np.int32)
+            self._state.pools, staging, np.array(pages, np.int32)
         )
         self._state = dataclasses.replace(self._state, pools=pools)
 
@@ -251,6 +268,8 @@ class DeviceRunner:
             "compile_s": self._compiles.seconds,
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
+            "padding_tokens": self._num_padding_tokens,
+            "host_arena_bytes": self.host_arena.num_bytes,
         }
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from sloraj.adapters.layout import Allocate
 from sloraj.adapters.loader import LoadFunction
-from sloraj.build import adapter_loader, build_core
+from sloraj.build import LORA_VARIANTS, adapter_loader, build_core
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
 from sloraj.core import EngineCore
 from sloraj.messages import (
@@ -79,13 +80,16 @@ def build_engine(directory: Path) -> Engine:
     oracle = TokenOracle(written, weights)  # before readiness: it compiles the noise
     loads: list[LoadFunction] = []
 
-    def keep_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
-        loads.append(adapter_loader(model, layout, max_rank))
+    def keep_loader(
+        model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate
+    ) -> LoadFunction:
+        loads.append(adapter_loader(model, layout, max_rank, allocate))
         return loads[0]
 
     page_bytes = written.num_layers * 2 * PAGE_SIZE * written.num_kv_heads * written.head_dim * 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sloraj.runner.buckets.MIN_MIXED_TOKENS", MAX_NUM_TOKENS // 2)
+        patch.setitem(LORA_VARIANTS, "cpu", LORA_VARIANTS["gpu"])  # as on a GPU
         core, _ = build_core(
             EngineConfig(
                 model=str(directory / "base"), page_size=PAGE_SIZE, max_rank=MAX_RANK,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,32 @@ def test_a_long_prompt_starts_in_what_is_left_of_the_token_budget(
     assert any(b.is_decode and len(b.rows) == MAX_NUM_SEQS for b in batches)  # one token of it
     for request in (*short, long):
         driver.check(request, None, None)
+
+
+def test_a_step_runs_the_least_program_that_serves_its_adapters(
+    start: Start, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a batch with base rows; the answers are right, so nothing needed was left out."""
+    ran: list[str] = []
+    run_forward = engine.runner._run_forward
+
+    def record(bucket: Any, variant: str, batch: ScheduledBatch) -> Any:
+        ran.append(variant)
+        return run_forward(bucket, variant, batch)
+
+    monkeypatch.setattr(engine.runner, "_run_forward", record)
+    driver = start()
+    for adapter, variant in ((None, "base"), (5, "attention"), (6, "all")):
+        name = None if adapter is None else f"adapter-{adapter}"
+        version = None if name is None or adapter is None else driver.loaded(name, adapter)
+        ran.clear()
+        requests = [driver.generate(prompt_of(4), name, max_tokens=4)]
+        base = driver.generate(prompt_of(3), max_tokens=4)
+        driver.run()
+        assert set(ran) == {variant}
+        driver.check(base, None, None)
+        for request in requests:
+            driver.check(request, adapter, version)
 
 
 def test_every_program_updates_the_pool_in_place(engine: Engine) -> None:
