@@ -71,7 +71,7 @@ def chosen_config(
 ) -> triton.Config | mosaic.Config | None:
     """Which kernel serves these shapes, and how it works; None: XLA's matmul is the choice."""
     (num_rows, in_size), (out_size, _) = x.shape, weight.shape
-    key = tuning_key(num_rows, out_size, in_size, weight.dtype)
+    key = tuning_key(num_rows, out_size, in_size, weight.dtype.itemsize)
     sizes = {"num_rows": num_rows, "out_size": out_size, "in_size": in_size}
     is_mosaic = implementation == "mosaic"
     if is_mosaic and (measured := tuned("linear_mosaic", key, mosaic.Config)) is not None:
@@ -84,7 +84,10 @@ def chosen_config(
     return served or triton.Config.heuristic(**sizes)
 
 
-def tuning_key(num_rows: int, out_size: int, in_size: int, dtype: jnp.dtype) -> str:
-    """The table's key of a shape; numbers of rows share the entry of the next measured one."""
+def tuning_key(num_rows: int, out_size: int, in_size: int, weight_bytes: int) -> str:
+    """The table's key of a shape; numbers of rows share the entry of the next measured one.
+
+    What decides is the bytes of a weight: int8 and float8 share their entries.
+    """
     rows = next((rows for rows in MEASURED_ROWS if rows >= num_rows), MEASURED_ROWS[-1])
-    return shape_key(out=out_size, rows=rows, weight=dtype.name, **{"in": in_size})
+    return shape_key(out=out_size, rows=rows, weight_bytes=weight_bytes, **{"in": in_size})

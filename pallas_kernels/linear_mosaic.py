@@ -95,7 +95,7 @@ def _transforms(row_size: int, dtype: jnp.dtype) -> tuple[Any, ...]:
     )
 
 
-def _widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """One-byte weights as x's dtype, exactly; float8 has no direct way on Hopper."""
     if weight.dtype == jnp.float8_e4m3fn:
         weight = weight.astype(jnp.float16).astype(jnp.float32)
@@ -117,7 +117,7 @@ def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows:
     def multiply(_: Any, weight: Ref, x: Ref, sums: Ref) -> Ref:
         weight = weight.at[mine]
         if is_converted:
-            plgpu.wgmma(sums, _widened(weight[...], x_ref.dtype), x.T)
+            plgpu.wgmma(sums, widened(weight[...], x_ref.dtype), x.T)
         elif config.swap:
             plgpu.wgmma(sums, weight, x.T)
         else:
