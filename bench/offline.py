@@ -31,8 +31,9 @@ import numpy as np
 from bench.adapter_files import write_adapters
 from bench.geometries import GEOMETRIES, write_geometry
 from bench.random_adapters import random_or_read_loader
-from bench.record import commit, record
-from bench.step_log import StepLog, Verbs, gpu_busy, raw_step_s
+from bench.record import command, commit, record
+from bench.step_log import StepLog, Verbs, raw_step_s
+from bench.summary import target
 from bench.through_engine import run_through_engine, write_tokenizer
 from checkpoints.hf_config import read_model_config
 from sloraj.build import build_core
@@ -40,7 +41,7 @@ from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
 from sloraj.messages import Dead, Generate, LoadAdapter, Reply, RequestFailed, TokenOutput
 
-NOT_RECORDED = ("out", "cache_dir", "commit", "trace", "scratch")  # of this machine, or elsewhere
+NOT_RECORDED = ("out", "cache_dir", "commit", "scratch")  # of this machine, or elsewhere
 MODES = ("base", "cold", "warm", "disk", "engine")
 
 
@@ -199,7 +200,7 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
             (name, f"random:{ranks[i % len(ranks)]}:{i}") for i, name in enumerate(names)
         ),
         max_rank=max(ranks),
-        max_model_len=args.input + args.output + 16,
+        max_model_len=args.input + args.output + 64,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.requests,
@@ -215,16 +216,19 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         if done == total:
             stages[f"{stage}_done_s"] = time.perf_counter() - started
 
+    is_cache_warm = args.cache_dir is not None and any(Path(args.cache_dir).glob("*"))
     core, info = build_core(config, note, make_loader=random_or_read_loader)
     result: dict[str, Any] = {
         "bench": "offline",
         "device": info["device"],
         "commit": args.commit or commit(),
+        "command": command(),
         "jax": jax.__version__,
         "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
         "engine": {k: v for k, v in info.items() if k != "model_path"},
         "startup_s": time.perf_counter() - started,
         "startup_stages": stages,
+        "is_cache_warm": is_cache_warm,
     }
     if not args.start_only:
         workload = _Workload(args)
@@ -232,12 +236,40 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         core.check_integrity()
     result["runner"] = core.stats()["runner"]
     result["memory"] = jax.devices()[0].memory_stats()
+    result["targets"] = _targets(args, result)
     if "engine" in modes:
         names = workload.adapters_of(modes[modes.index("engine") - 1])
         result["through_engine"] = run_through_engine(
             core, info, model, workload.prompts, names, args.output
         )
     return result
+
+
+def _targets(args: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of the summary; of throughput for the plan's own workload alone."""
+    warm = result["is_cache_warm"]
+    found = [
+        target(
+            "10", f"ready with a {'warm' if warm else 'cold'} compilation cache, "
+            f"{result['engine']['num_programs']} programs",
+            measured=result["startup_s"], limit=60 if warm else 240, unit="s",
+        )
+    ]  # fmt: skip
+    is_planned = (args.input, args.output, args.max_num_seqs, args.ranks) == (256, 64, 64, "8")
+    if is_planned and "base" in result:
+        per_s = result["base"]["requests_per_s"]
+        found.append(
+            target("12", "base", measured=per_s, limit=80, unit="requests/s", is_minimum=True)
+        )
+        found += [
+            target(
+                "12", f"{mode}, of base", measured=result[mode]["over_base"], limit=share,
+                unit="", is_minimum=True,
+            )
+            for mode, share in (("warm", 0.93), ("cold", 0.85), ("disk", 0.6))
+            if mode in result
+        ]  # fmt: skip
+    return found
 
 
 class _Workload:
@@ -279,8 +311,6 @@ def _run_modes(
             per_s = result[mode]["requests_per_s"]
             result[mode]["over_base"] = per_s / result["base"]["requests_per_s"]
     result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, names)
-    if args.trace is not None:
-        result["trace"] = gpu_busy(core, args.input, args.max_num_seqs, names, args.trace)
     return result
 
 
@@ -300,7 +330,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"))
     parser.add_argument("--cache-dir")
     parser.add_argument("--scratch", help="where adapters are written")
-    parser.add_argument("--trace", type=Path, help="folder for a profile of decode steps")
     parser.add_argument("--commit", help="where the tree is not a repository")
     parser.add_argument("--start-only", action="store_true", help="measure start-up alone")
     parser.add_argument("--out", type=Path)

@@ -49,7 +49,7 @@ from sloraj.runner.state import RunnerConfig
 MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
-BLOCK_Q = {"xla": 16, "triton": 64, "mosaic": 128}
+BLOCK_Q = {"xla": 16, "triton": 128, "mosaic": 128}
 # On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
 LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
 INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger

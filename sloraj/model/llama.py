@@ -62,7 +62,6 @@ class StepInputs:
     lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
-    segments: jax.Array  # [layers, slots, 7, 4]
     lora_tiles: LoraTiles
     query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
@@ -201,7 +200,7 @@ class _Delta:
         self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
     ) -> jax.Array:
         return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            x, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
             implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
@@ -215,7 +214,7 @@ class _Delta:
         column_offset: jax.Array,
     ) -> jax.Array:
         return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            base, v, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
             implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
@@ -231,20 +230,18 @@ def _attend(
 ) -> jax.Array:
     """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
-    num_singles = min(len(q), len(inputs.page_table) - 1)  # at most: one a row, less the null row
-    if inputs.query_tiles is None:
-        num_singles = len(q)
-    singles = paged_decode_attention(
-        q[:num_singles], pool, inputs.page_table, inputs.rows[:num_singles],
-        inputs.lengths[:num_singles], window,
-        num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+    num_singles = len(q)
+    if inputs.query_tiles is not None:  # then at most one a row, less the null row
+        num_singles = min(len(q), len(inputs.page_table) - 1)
+    out = paged_decode_attention(
+        q, pool, inputs.page_table, inputs.rows[:num_singles], inputs.lengths[:num_singles],
+        window, num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
         implementation=spec.kernels.decode_attention,
     )  # fmt: skip
     if inputs.query_tiles is None:
-        return singles
+        return out
     return paged_ragged_attention(
-        q, pool, inputs.page_table, inputs.query_tiles, window,
-        jnp.pad(singles, ((0, len(q) - num_singles), (0, 0), (0, 0))),
+        q, pool, inputs.page_table, inputs.query_tiles, window, out,
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
         implementation=spec.kernels.ragged_attention,
     )  # fmt: skip

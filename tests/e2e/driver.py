@@ -131,6 +131,7 @@ class Driver:
         handle = self.runner.execute(ScheduledBatch(0, tuple(rows), installs))
         result = self.runner.collect(handle)
         assert result.owner_violations == 0
+        assert handle.logits is not None
         logits = np.asarray(handle.logits.logits)
         found = {
             id(row.sequence): (logits[i], result.tokens[i].token_id) for i, row in enumerate(rows)
