@@ -9,8 +9,8 @@ from sloraj.config import div_ceil
 
 SMALL_DECODE_ROWS = (1, 4, 16, 64)
 SAMPLE_ROWS = (8, 64)
-DECODE_BLOCK_ROWS = 8
-MIXED_BLOCK_ROWS = 32
+DECODE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
+MIXED_BLOCK_ROWS = 64  # the fewest rows that a Hopper tensor core takes at full speed
 MIN_MIXED_TOKENS = 128
 
 
@@ -65,7 +65,7 @@ def make_buckets(
             num_logits=fit(n),
             is_decode=True,
             num_appends=n,
-            block_rows=min(DECODE_BLOCK_ROWS, n),
+            block_rows=DECODE_BLOCK_ROWS,
             num_lora_tiles=n,
             block_q=1,
             num_query_tiles=n,
