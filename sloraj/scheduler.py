@@ -17,6 +17,8 @@ import dataclasses
 import itertools
 from collections import deque
 
+import msgspec
+
 from sloraj.adapters.host_store import AdapterVersion, HostStore
 from sloraj.adapters.residency import Residency
 from sloraj.batch import (
@@ -36,8 +38,7 @@ from sloraj.token_budget import cut_to_bucket
 PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     """What one sampled token means for its sequence. `token_id` None: it is not to be shown."""
 
     sequence: Sequence
@@ -139,11 +140,13 @@ class Scheduler:
         prefilling: list[Sequence] = []
         ending: list[Sequence] = []
         for sequence in self._running:
-            if len(sequence.output_token_ids) + sequence.num_in_flight < sequence.max_output_tokens:
-                is_decoding = _num_missing_tokens(sequence) == 1
-                (decoding if is_decoding else prefilling).append(sequence)
-            else:
+            num_outputs = len(sequence.output_token_ids) + sequence.num_in_flight
+            if num_outputs >= sequence.max_output_tokens:
                 ending.append(sequence)
+            elif sequence.num_prompt_tokens + num_outputs == sequence.num_computed_tokens + 1:
+                decoding.append(sequence)
+            else:
+                prefilling.append(sequence)
         for sequence in ending:  # the step that computes its last token is enqueued
             self._vacate(sequence)
             sequence.state = SequenceState.ENDING
