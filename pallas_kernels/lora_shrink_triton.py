@@ -19,7 +19,6 @@ from pallas_kernels.triton_blocks import (
     AdapterArrays,
     Ref,
     Segment,
-    column_mask,
     dot_f32,
     find_rows,
     for_each_tile,
@@ -77,6 +76,8 @@ def _kernel(
     share, place = pl.program_id(0), pl.program_id(1)
 
     def shrink(tile: jax.Array) -> None:
+        # x is on its way while the segment is
+        x_row = _load_row(x_ref, adapters, tile, config) if block_rows == 1 else None
         segment = read_segment(adapters, tile, select_static(modules, place))
         num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
         share_ranks = pl.cdiv(num_ranks, config.num_shares)
@@ -86,8 +87,8 @@ def _kernel(
         @pl.when(first < stop)
         def _() -> None:
             block = _Share(tile, place, segment, first, stop)
-            if block_rows == 1:
-                _shrink_row(x_ref, adapters, v_ref, block, config)
+            if x_row is not None:
+                _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
             else:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _shrink_tile(x_ref, adapters, v_ref, block, config, num_places)
@@ -95,26 +96,41 @@ def _kernel(
     for_each_tile(adapters, shrink, block_rows=block_rows, axis=2)
 
 
-def _shrink_row(
-    x_ref: Ref, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config
-) -> None:
-    """The tile's one row: x stays in registers, rows of A stream past it."""
+class _Row(NamedTuple):
+    """A tile's one row, in blocks of chunks."""
+
+    row: jax.Array
+    blocks: list[jax.Array]  # [block_chunks, 128]
+
+
+def _load_row(x_ref: Ref, adapters: AdapterArrays, tile: jax.Array, config: Config) -> _Row:
     width = x_ref.shape[1]
     row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
+    # a block of a row lies in two pages at most
     block_chunks = min(
         config.block_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
     )
-    row = adapters.row_order[share.tile]
-    lane = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)
-    chunk = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0)
-    starts = range(0, row_chunks, block_chunks)
-    x_blocks = []
-    for start in starts:
-        column = (start + chunk) * CHUNK + lane
-        mask = column_mask(column, width, (start + block_chunks) * CHUNK)
-        index = (jnp.full_like(column, row), column)
+    row = adapters.row_order[tile]
+    column = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0) * CHUNK
+    column = column + jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)
+    blocks = []
+    for start in range(0, row_chunks, block_chunks):
+        mask = None
+        if (start + block_chunks) * CHUNK > width:
+            mask = start * CHUNK + column < width
+        index = (jnp.full_like(column, row), start * CHUNK + column)
         x = pltriton.load(x_ref.at[index], mask=mask, other=None if mask is None else 0)
-        x_blocks.append(x)
+        blocks.append(x)
+    return _Row(row, blocks)
+
+
+def _shrink_row(
+    x_row: _Row, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config, width: int
+) -> None:
+    """The tile's one row: x stays in registers, rows of A stream past it."""
+    row, x_blocks = x_row
+    row_chunks, block_chunks = chunks_per_row(width), x_blocks[0].shape[0]
+    starts = range(0, row_chunks, block_chunks)
 
     def shrink_ranks(step: jax.Array, _: jax.Array) -> jax.Array:
         first_rank = share.first + step * config.block_ranks
