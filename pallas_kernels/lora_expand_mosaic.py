@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
-from pallas_kernels.mosaic_blocks import ChunkCopy, Ref, interpret_params, plgpu, whole_chunks
+from pallas_kernels.mosaic_blocks import (
+    MAX_BARRIERS,
+    ChunkCopy,
+    Ref,
+    interpret_params,
+    plgpu,
+    whole_chunks,
+)
 from pallas_kernels.triton_blocks import AdapterArrays, Segment, read_segment, select_static
 
 ROWS_AT_ONCE = 4  # rows of a tile that share a pass over B; their sums are held in registers
@@ -65,61 +72,57 @@ def _kernel(
     def of_block(name: str) -> jax.Array:
         return select_static([getattr(block, name) for block in blocks], index)
 
-    @pl.when(tile < adapters.num_tiles[0])
-    def expand_tile() -> None:
-        place, size = of_block("place"), of_block("size")
-        segment = read_segment(adapters, tile, select_static(modules, place))
-        for static_size in sorted({block.size for block in blocks}):
+    # what is read first waits for nothing: a padding tile has slot 0, which has no modules
+    place, size = of_block("place"), of_block("size")
+    segment = read_segment(adapters, tile, select_static(modules, place))
+    tile_start, tile_stop = adapters.starts[tile], adapters.starts[tile + 1]
+    column = offset_ref[0] + of_block("first_column")
+    for static_size in sorted({block.size for block in blocks}):
 
-            @pl.when((size == static_size) & (segment.rank > 0))
-            def expand(size: int = static_size) -> None:
-                work = _Work(
-                    tile, place, segment, of_block("row_chunks"), of_block("first"),
-                    offset_ref[0] + of_block("first_column"), size, num_slots, page_chunks,
-                )  # fmt: skip
-                for first in range(0, block_rows, ROWS_AT_ONCE):
-                    start = adapters.starts[tile] + first
-                    count = adapters.starts[tile + 1] - start
-                    several = min(ROWS_AT_ONCE, block_rows - first)
-                    pl.when(count == 1)(
-                        functools.partial(_add_rows, work, start, 1, v_ref, adapters, y_ref, memory)
-                    )
-                    if several > 1:
-                        pl.when(count > 1)(
-                            functools.partial(
-                                _add_rows, work, start, several, v_ref, adapters, y_ref, memory
-                            )
-                        )
+        @pl.when((size == static_size) & (segment.rank > 0))
+        def expand(size: int = static_size) -> None:
+            work = _Work(
+                place, segment, of_block("row_chunks"), of_block("first"), column, tile_stop - 1,
+                size, num_slots, page_chunks,
+            )  # fmt: skip
+            for first in range(0, block_rows, ROWS_AT_ONCE):
+                start = tile_start + first
+                count = tile_stop - start
+                several = min(ROWS_AT_ONCE, block_rows - first)
+                add = functools.partial(_add_rows, work, start, v_ref, adapters, y_ref, memory)
+                pl.when(count == 1)(functools.partial(add, 1))
+                if several > 1:
+                    pl.when(count > 1)(functools.partial(add, several))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """What a block knows of its work; i32 scalars but for the last three."""
 
-    tile: jax.Array
     place: jax.Array
     segment: Segment
     row_chunks: jax.Array
     first: jax.Array  # chunk of the module
     column: jax.Array  # chunk of y
+    last: jax.Array  # place of the tile's last row
     size: int  # chunks
     num_slots: int
     page_chunks: int
 
 
 def _add_rows(
-    work: _Work, start: jax.Array, several: int, v_ref: Ref, adapters: AdapterArrays, y_ref: Ref,
-    memory: list[Ref],
+    work: _Work, start: jax.Array, v_ref: Ref, adapters: AdapterArrays, y_ref: Ref,
+    memory: list[Ref], several: int,
 ) -> None:  # fmt: skip
     """Add to the rows `row_order[start : start + several]`, as far as the tile has them."""
     b_smem, whole, single = memory
     copy = ChunkCopy(
         adapters, work.segment.slot, work.page_chunks, work.size, whole, single, b_smem.shape[1]
     )
-    rank, shape = work.segment.rank, (work.size, CHUNK)
+    rank = work.segment.rank
     places = [start + i for i in range(several)]
-    last = adapters.starts[work.tile + 1] - 1
-    rows = [adapters.row_order[jnp.minimum(place, last)] for place in places]
+    rows = [adapters.row_order[jnp.minimum(place, work.last)] for place in places]
+    columns = pl.ds(work.column, work.size)
 
     def piece_of(k: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk = work.segment.b_chunk + k * work.row_chunks + work.first
@@ -144,15 +147,13 @@ def _add_rows(
         return sums
 
     jax.lax.fori_loop(0, jnp.minimum(rank, work.num_slots), start_piece, None)
-    nothing = tuple(jnp.zeros(shape, jnp.float32) for _ in rows)
-    sums = jax.lax.fori_loop(0, rank, add_rank, nothing)
+    base = tuple(y_ref[row, columns].astype(jnp.float32) for row in rows)
+    sums = jax.lax.fori_loop(0, rank, add_rank, base)
     for place, row, total in zip(places, rows, sums, strict=True):
 
-        @pl.when(place <= last)
+        @pl.when(place <= work.last)
         def write(row: jax.Array = row, total: jax.Array = total) -> None:
-            columns = pl.ds(work.column, work.size)
-            y = y_ref[row, columns].astype(jnp.float32) + total
-            y_ref[row, columns] = y.astype(y_ref.dtype)
+            y_ref[row, columns] = total.astype(y_ref.dtype)
 
     plgpu.commit_smem()  # all threads have read the ring: the next rows may use it
 
@@ -173,7 +174,7 @@ def lora_expand_mosaic(
     num_tokens, width = base.shape
     config = config or Config()
     blocks = _column_blocks([whole_chunks(size) for size in out_sizes], config.block_chunks)
-    ring = min(config.num_slots, v.shape[2])
+    ring = min(config.num_slots, v.shape[2], MAX_BARRIERS)
     size = max(block.size for block in blocks)
     page_chunks = chunks_per_page(adapters.pool)
     kernel = functools.partial(

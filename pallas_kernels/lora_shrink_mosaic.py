@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
 from pallas_kernels.mosaic_blocks import (
+    MAX_BARRIERS,
     ChunkCopy,
     Ref,
     interpret_params,
@@ -72,52 +73,61 @@ def _kernel(
     tile, place = jax.lax.axis_index("tile"), jax.lax.axis_index("module")
     first_rank = jax.lax.axis_index("rank") * config.block_ranks
 
-    @pl.when(tile < adapters.num_tiles[0])
+    # what is read first waits for nothing: a padding tile has slot 0, which has no modules
+    segment = read_segment(adapters, tile, select_static(modules, place))
+    start, stop = adapters.starts[tile], adapters.starts[tile + 1]
+    first_row = adapters.row_order[jnp.minimum(start, x_ref.shape[0] - 1)]
+    num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
+    count = jnp.minimum(num_ranks - first_rank, config.block_ranks)
+    copy = ChunkCopy(adapters, segment.slot, page_chunks, pieces.size, whole, single, pieces.size)
+    num_pieces = len(pieces.starts)
+
+    def place_of(rank: jax.Array, piece: int) -> tuple[jax.Array, jax.Array]:
+        """The first chunk of a piece of A, and its place in the ring."""
+        chunk = segment.a_chunk + (first_rank + rank) * pieces.row_chunks
+        ring = jax.lax.rem(rank, jnp.int32(num_slots)) * num_pieces + piece
+        return chunk + pieces.starts[piece], ring
+
+    def start_row(rank: jax.Array, _: None = None) -> None:
+        for piece in range(num_pieces):
+            chunk, ring = place_of(rank, piece)
+            copy.start(chunk, a_smem, ring)
+
+    def read_x(row: jax.Array) -> list[jax.Array]:
+        return [x_ref[row, pl.ds(first, pieces.size)] for first in pieces.starts]
+
+    def multiply(rank: jax.Array, x: list[jax.Array], row: jax.Array) -> None:
+        product = jnp.zeros((pieces.size, CHUNK), jnp.float32)
+        for piece, x_piece in enumerate(x):
+            a = a_smem[place_of(rank, piece)[1]].astype(jnp.float32)
+            if pieces.first_new(piece):
+                chunk = jax.lax.broadcasted_iota(jnp.int32, a.shape, 0)
+                a = jnp.where(chunk >= pieces.first_new(piece), a, 0.0)
+            product = product + a * x_piece.astype(jnp.float32)
+        v_ref[row, place, first_rank + rank] = jnp.sum(product)
+
+    @pl.when(count > 0)
     def shrink_tile() -> None:
-        segment = read_segment(adapters, tile, select_static(modules, place))
-        num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
-        count = jnp.minimum(num_ranks - first_rank, config.block_ranks)
-        copy = ChunkCopy(
-            adapters, segment.slot, page_chunks, pieces.size, whole, single, pieces.size
-        )
-        num_pieces = len(pieces.starts)
-
-        def place_of(rank: jax.Array, piece: int) -> tuple[jax.Array, jax.Array]:
-            """The first chunk of a piece of A, and its place in the ring."""
-            chunk = segment.a_chunk + (first_rank + rank) * pieces.row_chunks
-            ring = jax.lax.rem(rank, jnp.int32(num_slots)) * num_pieces + piece
-            return chunk + pieces.starts[piece], ring
-
-        def start_row(rank: jax.Array, _: None = None) -> None:
-            for piece in range(num_pieces):
-                chunk, ring = place_of(rank, piece)
-                copy.start(chunk, a_smem, ring)
+        jax.lax.fori_loop(0, jnp.minimum(count, num_slots), start_row, None)
+        first_x = read_x(first_row)
 
         def shrink_row(rank: jax.Array, _: None) -> None:
             for piece in range(num_pieces):
                 copy.wait(*place_of(rank, piece))
+            multiply(rank, first_x, first_row)
 
-            def multiply(row_place: jax.Array, _: None) -> None:
+            def multiply_other(row_place: jax.Array, _: None) -> None:
                 row = adapters.row_order[row_place]
-                product = jnp.zeros((pieces.size, CHUNK), jnp.float32)
-                for piece, start in enumerate(pieces.starts):
-                    ring = place_of(rank, piece)[1]
-                    x = x_ref[row, pl.ds(start, pieces.size)].astype(jnp.float32)
-                    if pieces.first_new(piece):
-                        chunk = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-                        x = jnp.where(chunk >= pieces.first_new(piece), x, 0.0)
-                    product = product + a_smem[ring].astype(jnp.float32) * x
-                v_ref[row, place, first_rank + rank] = jnp.sum(product)
+                multiply(rank, read_x(row), row)
 
-            jax.lax.fori_loop(adapters.starts[tile], adapters.starts[tile + 1], multiply, None)
+            jax.lax.fori_loop(start + 1, stop, multiply_other, None)
 
             @pl.when(rank + num_slots < count)
             def refill() -> None:
                 plgpu.commit_smem()  # all threads have read the row
                 start_row(rank + num_slots)
 
-        jax.lax.fori_loop(0, jnp.clip(count, 0, num_slots), start_row, None)
-        jax.lax.fori_loop(0, jnp.maximum(count, 0), shrink_row, None)
+        jax.lax.fori_loop(0, count, shrink_row, None)
 
 
 def lora_shrink_mosaic(
@@ -136,7 +146,8 @@ def lora_shrink_mosaic(
     config = config or Config()
     pieces = _Pieces.of(row_chunks, config.block_chunks)
     row_bytes = len(pieces.starts) * pieces.size * CHUNK * x.dtype.itemsize
-    num_slots = min(config.block_ranks, num_rows, max(2, config.ring_bytes // row_bytes))
+    fitting = min(max(2, config.ring_bytes // row_bytes), MAX_BARRIERS // len(pieces.starts))
+    num_slots = min(config.block_ranks, num_rows, fitting)
     ring = num_slots * len(pieces.starts)
     page_chunks = chunks_per_page(adapters.pool)
     kernel = functools.partial(

@@ -13,6 +13,7 @@ from pallas_kernels.adapter_layout import CHUNK
 from pallas_kernels.triton_blocks import AdapterArrays
 
 plgpu: Any = mosaic_gpu  # its types differ between JAX versions
+MAX_BARRIERS = 32  # of one kind in a block
 Ref = Any  # Pallas has no public type for the references that a kernel gets
 
 

@@ -32,6 +32,7 @@ class Config:
 
     block_kv: int = 128  # positions in a step of the loop
     num_stages: int = 2  # blocks of keys and values in shared memory
+    heads_apart: bool = False  # all tiles of a head before the next head, rather than the reverse
     take_turns: bool = True  # one compute warpgroup multiplies while the other does its softmax
 
 
@@ -276,7 +277,7 @@ def ragged_attention_mosaic(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
-    base: jax.Array | None,
+    base: jax.Array | None = None,
     *,
     num_kv_heads: int,
     page_size: int,
@@ -296,6 +297,9 @@ def ragged_attention_mosaic(
     )
     queries = (COMPUTE_GROUPS, ROWS, head_dim)
     per_block = block_kv // page_size
+    grid = [("head", num_heads), ("tile", tiles.row.shape[0])]  # the last varies fastest
+    if not config.heads_apart:
+        grid.reverse()
     out_ref = jax.new_ref(jnp.zeros_like(q) if base is None else base)
     plgpu.kernel(
         functools.partial(
@@ -319,8 +323,8 @@ def ragged_attention_mosaic(
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
             plgpu.Barrier(num_arrivals=COMPUTE_GROUPS),
         ),
-        grid=(tiles.row.shape[0], num_heads),
-        grid_names=("tile", "head"),
+        grid=tuple(size for _, size in grid),
+        grid_names=tuple(name for name, _ in grid),
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -75,8 +75,17 @@ def real_case(
     return case, out_sizes
 
 
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
-def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "batch"),
+    [
+        (implementation, batch)
+        for implementation in ("triton", "mosaic")
+        for batch in BATCHES
+        if implementation == "triton" or batch[:2] != ("demo", GATE_UP)  # partial chunks
+    ],
+    ids=str,
+)
+def test_lora_kernels_agree_with_the_oracle(implementation: str, batch: Any) -> None:
     case, out_sizes = real_case(*batch)
     modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
 
@@ -87,13 +96,13 @@ def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
             modules=modules,
             num_rows=64,
             rank_split=1,
-            implementation="triton",
+            implementation=implementation,
         )
         expanded = lora_expand(
             *(base, v, *adapters, jnp.int32(0)),
             modules=modules,
             out_sizes=sizes,
-            implementation="triton",
+            implementation=implementation,
         )
         return shrunk, expanded
 
@@ -161,6 +170,50 @@ def test_attention_kernels_agree_with_the_oracle(
             want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)
             assert_close(prefilled[t], want, inner=dtype)
         assert not prefilled[len(tokens) :].any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64)]
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [2**31 - 1, 100])
+def test_mosaic_attention_agrees_with_the_oracle(
+    heads: int, kv_heads: int, head_dim: int, dtype: Any, window: int
+) -> None:
+    contexts = make_contexts(
+        lengths=[512, 1, 700, 16, 333],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=16,
+        dtype=dtype,
+        seed=3,
+        pages_per_row=128,
+    )
+    spans = [(4, 300, 33), (1, 0, 1), (3, 0, 16), (2, 500, 200), (0, 0, 512)]
+    tiles, tokens = make_query_tiles(spans, block_q=128, capacity=11)
+    rng = np.random.default_rng(0)
+    q = (3 * rng.normal(size=(len(tokens) + 2, heads, head_dim))).astype(dtype)
+    base = rng.normal(size=q.shape).astype(dtype)
+
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        return paged_ragged_attention(
+            *arrays,
+            num_kv_heads=kv_heads,
+            page_size=16,
+            scale=head_dim**-0.5,
+            implementation="mosaic",
+        )
+
+    out = np.asarray(
+        run(q, contexts.pool, contexts.page_table, tiles, np.int32(window), jnp.asarray(base))
+    )
+    for t in [*range(0, len(tokens), 5), len(tokens) - 1]:
+        token_at = tokens[t]
+        assert token_at is not None
+        want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)
+        assert_close(out[t], want, inner=dtype)
+    assert out[len(tokens) :].tobytes() == base[len(tokens) :].tobytes()
 
 
 @pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "demo"])

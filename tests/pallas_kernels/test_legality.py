@@ -21,7 +21,10 @@ from pallas_kernels.tiles import LoraTiles, QueryTiles
 
 # JAX 0.11 says at lowering that Pallas-Triton will go one day
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-TRITON = "__gpu$xla.gpu.triton"
+TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels are written for JAX 0.11 and up"
+)
 ODD_HEADS = {  # head sizes that are no powers of two, and groups of three
     f"head-{head_dim}": ModelShape(
         hidden_size=960, num_heads=12, num_kv_heads=4, head_dim=head_dim, intermediate_size=1000
@@ -153,3 +156,46 @@ def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool) -> None:
 
     x = bf16(64, model.hidden_size)
     assert TRITON in lowered(add_norm, x, x, bf16(model.hidden_size))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "qwen2-7b"])
+@pytest.mark.parametrize("modules", [(0, 1, 2), (6,)])
+def test_mosaic_lora_kernels_lower(model: str, modules: tuple[int, ...]) -> None:
+    shape = MODELS[model]
+    in_size = shape.module_sizes(modules[0])[0]
+    out_sizes = tuple(shape.module_sizes(module)[1] for module in modules)
+    arrays = adapters(shape, 64, 8)
+
+    def shrink(*args: Any) -> Any:
+        return lora_shrink(
+            *args, modules=modules, num_rows=64, rank_split=1, implementation="mosaic"
+        )
+
+    def expand(*args: Any) -> Any:
+        return lora_expand(*args, modules=modules, out_sizes=out_sizes, implementation="mosaic")
+
+    assert MOSAIC in lowered(shrink, bf16(64, in_size), *arrays)
+    base, v = bf16(64, sum(out_sizes)), array(64, len(modules), 64, dtype=jnp.float32)
+    program = lowered(expand, base, v, *arrays, array(), donate=(0,))
+    assert MOSAIC in program
+    assert "output_operand_alias" in program
+
+
+@needs_mosaic
+@pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "qwen2-7b"])
+def test_mosaic_attention_lowers(model: str) -> None:
+    shape = MODELS[model]
+    tiles = QueryTiles(
+        row=array(40), q_start=array(40), q_len=array(40), position=array(40), num_tiles=array(1),
+        block_q=128,
+    )  # fmt: skip
+
+    def prefill(*args: Any) -> Any:
+        return paged_ragged_attention(
+            *args, num_kv_heads=shape.num_kv_heads, page_size=shape.page_size, scale=1.0,
+            implementation="mosaic",
+        )  # fmt: skip
+
+    q, pool = bf16(2048, shape.num_heads, shape.head_dim), bf16(NUM_PAGES, shape.page_elems)
+    assert MOSAIC in lowered(prefill, q, pool, array(256, 512), tiles, array())

@@ -270,7 +270,7 @@ def test_impossible_arguments_are_refused() -> None:
         dtype=np.float32,
         seed=0,
     )
-    with pytest.raises(ValueError, match="'' is not one"):
+    with pytest.raises(ValueError, match="'' is not one that this op has"):
         expand(case, out_sizes={0: 128}, num_ranks=8, implementation="")
     for shape, message in (((1, 100), "at least 128"), ((2, 128), "not \\[1,")):
         with pytest.raises(ValueError, match=message):

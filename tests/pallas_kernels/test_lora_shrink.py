@@ -193,7 +193,7 @@ def test_impossible_arguments_are_refused() -> None:
         dtype=np.float32,
         seed=0,
     )
-    with pytest.raises(ValueError, match="'cuda' is not one"):
+    with pytest.raises(ValueError, match="'cuda' is not one that this op has"):
         shrink(case, modules=(0,), num_rows=8, implementation="cuda")
     short = LoraCase(**{**vars(case), "x": np.zeros((2, 128), np.float32)})
     with pytest.raises(ValueError, match="tiles order 1 rows"):
