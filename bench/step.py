@@ -57,12 +57,14 @@ class Bench:
                 model=model, random_weights=True, max_num_seqs=rows,
                 max_num_batched_tokens=args.max_num_batched_tokens, max_rank=64,
                 max_model_len=args.context + 256, max_adapter_slots=2 * rows + 8,
-                kernels=args.kernels,
+                kernels=args.kernels, quantization=args.quantization,
             ),
             jax.default_backend(),
         )  # fmt: skip
         assert engine.dtype is not None
-        ends, layers = random_parameters(self.config, mesh, jax.numpy.dtype(engine.dtype), 0)
+        ends, layers = random_parameters(
+            self.config, mesh, jax.numpy.dtype(engine.dtype), 0, args.quantization
+        )
         self.runner, _, layout, self.info = build_runner(
             engine, self.config, mesh, ends, layers, lambda *_: None, only=_needed(args)
         )
@@ -83,8 +85,9 @@ class Bench:
         prefill_s = driver.prefill(sequences, prompts)
         decode_s = min(driver.decode(sequences, args.steps) for _ in range(args.repeats))
         floor_s = decode_floor_s(
-            self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks
-        )
+            self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks,
+            weight_bytes=1 if args.quantization else 2,
+        )  # fmt: skip
         result: dict[str, Any] = {
             "rows": rows,
             "kind": name,
@@ -239,6 +242,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--kernels")
+    parser.add_argument("--quantization", choices=("int8", "fp8"))
     parser.add_argument("--profile", type=int, help="rows of the batches to look into")
     parser.add_argument("--measure-peaks", action="store_true")
     parser.add_argument("--cache-dir")

@@ -6,9 +6,9 @@ Wraps private methods of one core object; nothing of this is in the engine's own
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -107,119 +107,89 @@ class StepLog:
         self._runner.execute = self._inner  # type: ignore[method-assign]
 
 
-def start_decode(
-    core: EngineCore, num_prompt: int, rows: int, adapters: Sequence[str | None], num_output: int
-) -> list[ScheduledBatch]:
-    """Step until all of `rows` requests decode. The list grows with each batch executed."""
-    params = {"max_tokens": num_output, "temperature": 0.0, "ignore_eos": True, "seed": 0}
-    for i in range(rows):
-        core.submit(
-            Generate(
-                request_id=f"decode-{i}", prompt_token_ids=[3 + i] * num_prompt, params=params,
-                adapter_id=adapters[i % len(adapters)],
-            )
-        )  # fmt: skip
-    runner = core._runner
-    assert isinstance(runner, DeviceRunner)
-    batches: list[ScheduledBatch] = []
-    inner = type(runner).execute
+class Decode:
+    """All of `rows` requests decoding on a core, until closed; remembers the last batch.
 
-    def keep(batch: ScheduledBatch) -> Any:
-        batches.append(batch)
-        return inner(runner, batch)
+    Raises RuntimeError if the pool does not hold them all at once.
+    """
 
-    runner.execute = keep  # type: ignore[method-assign]
-    while not (batches and batches[-1].is_decode and len(batches[-1].rows) == rows):
-        core.step()
-    return batches
+    def __init__(
+        self, core: EngineCore, num_prompt: int, rows: int, adapters: Sequence[str | None]
+    ) -> None:
+        self.core, self.rows = core, rows
+        runner = core._runner
+        assert isinstance(runner, DeviceRunner)
+        self.runner = runner
+        self.change: Callable[[ScheduledBatch], ScheduledBatch] = lambda batch: batch
+        self.batch: ScheduledBatch | None = None
+        runner.execute = self._execute  # type: ignore[method-assign]
+        num_output = core._config.max_model_len - num_prompt
+        params = {"max_tokens": num_output, "temperature": 0.0, "ignore_eos": True, "seed": 0}
+        for i in range(rows):
+            core.submit(
+                Generate(
+                    request_id=f"decode-{i}", prompt_token_ids=[3 + i] * num_prompt, params=params,
+                    adapter_id=adapters[i % len(adapters)],
+                )
+            )  # fmt: skip
+        for _ in range(num_output):
+            if self._are_all_decoding():
+                return
+            core.step()
+        self.close()
+        raise RuntimeError(f"{rows} requests never decoded together")
 
+    def _are_all_decoding(self) -> bool:
+        return self.batch is not None and self.batch.is_decode and len(self.batch.rows) == self.rows
 
-def end_decode(core: EngineCore) -> None:
-    del core._runner.execute  # type: ignore[attr-defined]
-    for request_id in list(core._requests):
-        core._release(core._requests[request_id])
-    while not core.is_idle:
-        core.step()
+    def _execute(self, batch: ScheduledBatch) -> Any:
+        self.batch = self.change(batch)
+        return type(self.runner).execute(self.runner, self.batch)
+
+    def step_seconds(self, num_steps: int) -> np.ndarray:
+        """Of the engine's own loop, streaming its tokens to nobody."""
+        ends = []
+        for _ in range(num_steps + 3):
+            self.core.step()
+            ends.append(time.perf_counter())
+        if not self._are_all_decoding():
+            raise RuntimeError("a request ended while it was measured")
+        durations: np.ndarray = np.diff(ends)[2:]
+        return durations
+
+    def raw_seconds(self, num_steps: int) -> float:
+        """A step, of the same batch enqueued again and again without reading its tokens."""
+        assert self.batch is not None
+        batch = dataclasses.replace(self.batch, installs=(), sends=())
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            handle = type(self.runner).execute(self.runner, batch)
+        jax.block_until_ready(handle.drawn)
+        return (time.perf_counter() - started) / num_steps
+
+    def close(self) -> None:
+        del self.runner.execute  # type: ignore[method-assign]
+        for request_id in list(self.core._requests):
+            self.core._release(self.core._requests[request_id])
+        while not self.core.is_idle:
+            self.core.step()
 
 
 def raw_step_s(
-    core: EngineCore, num_prompt: int, rows: int, adapters: Sequence[str | None], repeats: int = 40
+    core: EngineCore, num_prompt: int, rows: int, adapters: Sequence[str | None], repeats: int = 24
 ) -> dict[str, float]:
     """Milliseconds a decode step of all rows: by the engine's loop, and enqueued back to back."""
-    num_output = core._config.max_model_len - num_prompt
-    repeats = min(repeats, num_output - 20 - num_prompt * rows // 1024)
-    batches = start_decode(core, num_prompt, rows, adapters, num_output)
-    ends = []
-    for _ in range(repeats):
-        core.step()
-        ends.append(time.perf_counter())
-    runner = core._runner
-    calls = []
-    started = time.perf_counter()
-    for _ in range(repeats):
-        call = time.perf_counter()
-        handle = runner.execute(batches[-1])
-        calls.append(time.perf_counter() - call)
-    jax.block_until_ready(handle.drawn)
-    raw_s = (time.perf_counter() - started) / repeats
-    end_decode(core)
-    durations = np.diff(ends)[3:]
+    try:
+        decode = Decode(core, num_prompt, rows, adapters)
+    except RuntimeError:
+        return {}
+    durations = decode.step_seconds(repeats)
+    raw_s = decode.raw_seconds(repeats)
+    decode.close()
     return {
         "rows": rows,
         "raw_ms": raw_s * 1e3,
-        "engine_ms": float(np.median(durations)) * 1e3,
-        "engine_mean_ms": float(np.mean(durations)) * 1e3,
+        "engine_ms": float(np.mean(durations)) * 1e3,
         "engine_max_ms": float(np.max(durations)) * 1e3,
-        "execute_ms": float(np.median(calls[:5])) * 1e3,
         "raw_over_engine": raw_s / float(np.mean(durations)),
-    }
-
-
-def gpu_busy(
-    core: EngineCore,
-    num_prompt: int,
-    rows: int,
-    adapters: Sequence[str | None],
-    folder: Path,
-    num_steps: int = 10,
-) -> dict[str, Any]:
-    """Share of the time in which some stream of the GPU works, from a profile of decode steps.
-
-    Graphs stay on under the profiler with `--xla_enable_command_buffers_during_profiling=true`.
-    """
-    start_decode(core, num_prompt, rows, adapters, core._config.max_model_len - num_prompt)
-    for _ in range(3):
-        core.step()
-    with jax.profiler.trace(str(folder)):
-        for _ in range(num_steps):
-            core.step()
-    end_decode(core)
-    file = max(folder.rglob("*.xplane.pb"))
-    spans, lines = [], {}
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if "/device:GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            events = [(e.start_ns, e.start_ns + e.duration_ns) for e in line.events]
-            lines[f"{plane.name} {line.name}"] = len(events)
-            if line.name.startswith("Stream"):
-                spans += events
-    return {"lines": lines} | (_busy(sorted(spans)) if spans else {})
-
-
-def _busy(spans: list[tuple[float, float]]) -> dict[str, float]:
-    """Of sorted (start, end) in nanoseconds, overlaps counted once."""
-    busy, (first, end) = 0.0, spans[0]
-    gaps = []
-    busy += end - first
-    for start, stop in spans[1:]:
-        if start > end:
-            gaps.append(start - end)
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return {
-        "span_ms": (end - first) / 1e6,
-        "idle": 1 - busy / (end - first),
-        "num_gaps_over_20_us": sum(g > 20e3 for g in gaps),
-        "longest_gap_us": max(gaps, default=0.0) / 1e3,
     }

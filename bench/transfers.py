@@ -24,7 +24,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from bench.geometries import GEOMETRIES
-from bench.record import commit, record
+from bench.record import command, commit, record
+from bench.summary import target
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner import programs
 from sloraj.runner.state import POOL_SPEC, STAGING_SPEC
@@ -193,7 +194,8 @@ def main() -> None:
     base_s = beside_decode(decode, None, staging, "")
     result: dict[str, Any] = {
         "bench": "transfers", "device": jax.devices()[0].device_kind,
-        "commit": args.commit or commit(), "jax": jax.__version__, "geometry": args.geometry,
+        "commit": args.commit or commit(), "command": command(),
+        "jax": jax.__version__, "geometry": args.geometry,
         "step_ms": base_s * 1e3, "rows": [],
     }  # fmt: skip
     for size in map(int, args.pages.split(",")):
@@ -213,7 +215,23 @@ def main() -> None:
                 row["error"] = str(error).splitlines()[0][:200]
             result["rows"].append(row)
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+    result["targets"] = _targets(result["rows"])
     record(result, args.out)
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the memory that the engine uses; two pages are a rank-8 adapter of a Llama-7B."""
+    wanted = (
+        ("one_gb_s", "one rank-8 adapter to the idle device", 20),
+        ("four_gb_s", "four rank-8 adapters in flight to the idle device", 40),
+        ("refill_gb_s", "host memory filled, once registered", 5),
+    )
+    return [
+        target("11", name, measured=row[field], limit=limit, unit="GB/s", is_minimum=True)
+        for row in rows
+        if row["kind"] == "mapped" and row["pages"] == 2 and "error" not in row
+        for field, name, limit in wanted
+    ]
 
 
 def _install_seconds(decode: Decode, staging: jax.Array, repeats: int = 50) -> float:

@@ -31,6 +31,7 @@ PROGRAMS_WANTED = 1024  # fill the device, whatever the lengths
 MIN_PART = 256  # positions; joining shorter parts costs more than it gains
 LONGEST_WHOLE = 4096  # positions that one program may read while the others are long done
 JOINED_AT_ONCE = 16  # parts
+MIXED_PROGRAMS = 64  # a kv head, in a mixed step, where most places for rows may be empty
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Config:
 
     extra_parts: int  # room for so many parts beside one a row; 0: rows stay whole
     min_part: int  # positions; rows are not cut into shorter parts
+    heads_first: bool  # the programs of a part's heads start together, else those of a head's parts
+    edges_apart: bool  # blocks that need masks have a loop of their own
     block_kv: int  # positions in a step of the loop
     num_warps: int
     num_stages: int
@@ -50,20 +53,49 @@ class Config:
         is_whole = num_programs >= PROGRAMS_WANTED and max_length <= LONGEST_WHOLE
         wanted = PROGRAMS_WANTED // num_kv_heads
         possible = num_rows * max(0, pl.cdiv(max_length, MIN_PART) - 1)
-        extra = 0 if is_whole else min(max(wanted, 1), possible)
-        return cls(extra_parts=extra, min_part=MIN_PART, block_kv=64, num_warps=4, num_stages=3)
+        return cls(
+            extra_parts=0 if is_whole else min(max(wanted, 1), possible),
+            min_part=MIN_PART,
+            heads_first=False,
+            edges_apart=True,
+            block_kv=64,
+            num_warps=4,
+            num_stages=3,
+        )
+
+
+def table_key(
+    *, head_dim: int, num_heads: int, num_kv_heads: int, num_rows: int, max_length: int
+) -> str:
+    """Where the tuning table has this shape; of lengths it knows only whether rows may be long."""
+    return shape_key(
+        head_dim=head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_rows=num_rows,
+        long=max_length > LONGEST_WHOLE,
+    )
+
+
+class Rows(NamedTuple):
+    """The rows as the op takes them; inside a kernel, references. i32 `[B]`."""
+
+    rows: Ref
+    lengths: Ref
+    window: Ref  # [1]
 
 
 class Parts(NamedTuple):
     """Cuts of the rows' contexts, i32 `[P]` unless said; inside a kernel, references to them."""
 
-    token: jax.Array  # T where there is no part
-    row: jax.Array  # of the page table
-    begin: jax.Array  # first position
-    end: jax.Array  # after the last one
-    count: jax.Array  # parts of the same token
-    first_of: jax.Array  # [T] the first part of each token
-    count_of: jax.Array  # [T]
+    token: Ref  # B where there is no part
+    row: Ref  # of the page table
+    begin: Ref  # first position
+    end: Ref  # after the last one
+    siblings: Ref  # parts of the same token, itself included
+    cut_token: Ref  # [C] tokens of more than one part, then B
+    first_of: Ref  # [C] the first part of such a token
+    count_of: Ref  # [C] its parts
 
 
 def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config: Config) -> Parts:
@@ -71,120 +103,154 @@ def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config:
 
     All layers of a step cut alike: the compiler computes this once.
     """
-    token = jnp.arange(len(rows), dtype=jnp.int32)
+    num_rows = len(rows)
     begin = jnp.maximum(0, lengths - window)
-    if config.extra_parts == 0:
-        ones = jnp.ones_like(token)
-        return Parts(token, rows, begin, lengths, ones, token, ones)
     first_block, last_block = window_blocks(begin, lengths, config.block_kv)
     blocks = last_block - first_block
     fair_blocks = pl.cdiv(jnp.sum(blocks, dtype=jnp.int32), config.extra_parts)
     part_blocks = jnp.maximum(fair_blocks, max(1, config.min_part // config.block_kv))
-    count_of = jnp.maximum(1, pl.cdiv(blocks, part_blocks))
-    ends = jnp.cumsum(count_of, dtype=jnp.int32)
-    first_of = ends - count_of
-    part = jnp.arange(len(rows) + config.extra_parts, dtype=jnp.int32)
-    token = jnp.sum(ends[None, :] <= part[:, None], axis=1, dtype=jnp.int32)  # T past the last
-    index = jnp.minimum(token, len(rows) - 1)
-    from_block = first_block[index] + (part - first_of[index]) * part_blocks
+    count = jnp.maximum(1, pl.cdiv(blocks, part_blocks))
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    first = ends - count
+
+    part = jnp.arange(num_rows + config.extra_parts, dtype=jnp.int32)
+    token = _place_in(ends, part)
+    index = jnp.minimum(token, num_rows - 1)
+    from_block = first_block[index] + (part - first[index]) * part_blocks
+    cut = jnp.arange(min(num_rows, config.extra_parts), dtype=jnp.int32)
+    cut_token = _place_in(jnp.cumsum(count > 1, dtype=jnp.int32), cut)
+    cut_index = jnp.minimum(cut_token, num_rows - 1)
     return Parts(
         token=token,
         row=rows[index],
         begin=jnp.maximum(begin[index], from_block * config.block_kv),
         end=jnp.minimum(lengths[index], (from_block + part_blocks) * config.block_kv),
-        count=count_of[index],
-        first_of=first_of,
-        count_of=count_of,
+        siblings=count[index],
+        cut_token=cut_token,
+        first_of=first[cut_index],
+        count_of=count[cut_index],
     )
+
+
+def _place_in(ends: jax.Array, number: jax.Array) -> jax.Array:
+    """Of each number, the first place whose end (ascending) lies above it; len(ends) if none."""
+    return jnp.sum(ends[None, :] <= number[:, None], axis=1, dtype=jnp.int32)
 
 
 def _attend_kernel(
     q_ref: Ref,
     pool_ref: Ref,
     page_table_ref: Ref,
-    parts: Parts,
+    rows: Rows,
+    parts: Parts | None,  # None: rows stay whole
     out_ref: Ref,  # [T, N, H] of q's dtype
     unjoined_ref: Ref,  # f32 [P, N, H], unnormalised
     highest_ref: Ref,  # f32 [P, N]
     total_ref: Ref,  # f32 [P, N]
     *,
+    num_parts: int,
+    num_programs: int,  # a kv head; each has every so many-th part
     config: Config,
     num_kv_heads: int,
     page_size: int,
     scale: float,
     interpret: bool,
 ) -> None:
-    part, kv_head = pl.program_id(0), pl.program_id(1)
-    num_tokens, num_heads, head_dim = q_ref.shape
+    first_part, kv_head = pl.program_id(0), pl.program_id(1)
+    if config.heads_first:
+        first_part, kv_head = kv_head, first_part
+    _, num_heads, head_dim = q_ref.shape
+    num_rows = rows.rows.shape[0]
     group = num_heads // num_kv_heads
-    token = parts.token[part]
+    place = jnp.arange(max(MIN_DOT, next_power_of_2(group)), dtype=jnp.int32)
+    head = kv_head * group + place
+    lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
+    mask = (place < group)[:, None] & (lane < head_dim)[None, :]
 
-    @pl.when(token < num_tokens)
-    def attend_part() -> None:
-        begin, end = parts.begin[part], parts.end[part]
-        place = jnp.arange(max(MIN_DOT, next_power_of_2(group)), dtype=jnp.int32)
-        head = kv_head * group + place
-        lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
-        mask = (place < group)[:, None] & (lane < head_dim)[None, :]
+    def at(index: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.full((1, 1), index), head[:, None], lane[None, :]
 
-        def at(index: jax.Array) -> tuple[jax.Array, ...]:
-            return jnp.full((1, 1), index), head[:, None], lane[None, :]
-
+    def attend(token: jax.Array, row: jax.Array, begin: jax.Array, end: jax.Array) -> Softmax:
         q = pltriton.load(q_ref.at[at(token)], mask=mask, other=0)
-        pages = KvPages(
-            pool_ref, page_table_ref, parts.row[part], kv_head, num_kv_heads, page_size, head_dim
-        )
+        pages = KvPages(pool_ref, page_table_ref, row, kv_head, num_kv_heads, page_size, head_dim)
 
         def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
-            written, visible = (end, None) if is_edge else (None, None)
+            written, visible = None, None
             if is_edge:
                 position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
                 is_visible = (position >= begin) & (position < end)
                 visible = jnp.broadcast_to(is_visible[None, :], (len(place), config.block_kv))
+                written = end
             k = pages.load(0, block, config.block_kv, written)
             v = pages.load(1, block, config.block_kv, written)
             return softmax.attend(q, k, lambda: v, visible, scale=scale, interpret=interpret)
 
-        softmax = attend_blocks(
-            attend_block,
-            Softmax.empty(len(place), head_dim),
-            window_blocks(begin, end, config.block_kv),
-            whole_blocks(begin, end, config.block_kv),
+        nothing = Softmax.empty(len(place), head_dim)
+        blocks = window_blocks(begin, end, config.block_kv)
+        if config.edges_apart:
+            inner = whole_blocks(begin, end, config.block_kv)
+            return attend_blocks(attend_block, nothing, blocks, inner)
+        softmax: Softmax = jax.lax.fori_loop(
+            *blocks, lambda block, softmax: attend_block(block, softmax, True), nothing
         )
-        if config.extra_parts == 0:
-            out = softmax.normalised().astype(out_ref.dtype)
-            pltriton.store(out_ref.at[at(token)], out, mask=mask)
-            return
-        is_whole = parts.count[part] == 1
+        return softmax
 
-        @pl.when(is_whole)
-        def finish() -> None:
-            out = softmax.normalised().astype(out_ref.dtype)
-            pltriton.store(out_ref.at[at(token)], out, mask=mask)
+    def finish(token: jax.Array, softmax: Softmax) -> None:
+        out = softmax.normalised().astype(out_ref.dtype)
+        pltriton.store(out_ref.at[at(token)], out, mask=mask)
 
-        @pl.when(jnp.logical_not(is_whole))
-        def leave_unjoined() -> None:
-            pltriton.store(unjoined_ref.at[at(part)], softmax.out, mask=mask)
-            where = (jnp.full_like(head, part), head)
-            pltriton.store(highest_ref.at[where], softmax.highest, mask=place < group)
-            pltriton.store(total_ref.at[where], softmax.total, mask=place < group)
+    def attend_row(token: jax.Array) -> None:
+        length = rows.lengths[token]
+        begin = jnp.maximum(0, length - rows.window[0])
+        finish(token, attend(token, rows.rows[token], begin, length))
+
+    def attend_part(part: jax.Array) -> None:
+        assert parts is not None
+        token = parts.token[part]
+
+        @pl.when(token < num_rows)
+        def attend_real() -> None:
+            softmax = attend(token, parts.row[part], parts.begin[part], parts.end[part])
+            is_whole = parts.siblings[part] == 1
+            pl.when(is_whole)(lambda: finish(token, softmax))
+
+            @pl.when(jnp.logical_not(is_whole))
+            def leave_unjoined() -> None:
+                pltriton.store(unjoined_ref.at[at(part)], softmax.out, mask=mask)
+                where = (jnp.full_like(head, part), head)
+                pltriton.store(highest_ref.at[where], softmax.highest, mask=place < group)
+                pltriton.store(total_ref.at[where], softmax.total, mask=place < group)
+
+    attend_one = attend_row if parts is None else attend_part
+    if num_programs >= num_parts:
+        attend_one(first_part)
+        return
+
+    def take_turn(turn: jax.Array, _: None) -> None:
+        attend_one(first_part + turn * num_programs)
+
+    turns = pl.cdiv(num_parts - first_part, num_programs)
+    jax.lax.fori_loop(jnp.int32(0), turns, take_turn, None)
 
 
 def _join_kernel(
     unjoined_ref: Ref,
     highest_ref: Ref,
     total_ref: Ref,
+    token_ref: Ref,
     first_ref: Ref,
     count_ref: Ref,
     _: Ref,  # out, finished for tokens of one part
     out_ref: Ref,
+    *,
+    num_rows: int,
 ) -> None:
-    """One program a token and head: one softmax from those of its parts."""
-    token, head = pl.program_id(0), pl.program_id(1)
+    """One program a cut token and head: one softmax from those of its parts."""
+    cut, head = pl.program_id(0), pl.program_id(1)
     head_dim = out_ref.shape[2]
-    first, count = first_ref[token], count_ref[token]
+    token, first, count = token_ref[cut], first_ref[cut], count_ref[cut]
 
-    @pl.when(count > 1)
+    @pl.when(token < num_rows)
     def join() -> None:
         lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
         is_lane = lane < head_dim
@@ -230,20 +296,26 @@ def decode_attention_triton(
     interpret: bool,
 ) -> jax.Array:
     """`paged_decode_attention` in Pallas-Triton."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_rows = len(rows)
+    _, num_heads, head_dim = q.shape
     if config is None:
         sizes = {
-            "num_rows": num_tokens,
+            "num_rows": num_rows,
             "num_kv_heads": num_kv_heads,
             "max_length": page_table.shape[1] * page_size,
         }
-        key = shape_key(head_dim=head_dim, num_heads=num_heads, **sizes)
+        key = table_key(head_dim=head_dim, num_heads=num_heads, **sizes)
         config = tuned("paged_decode_attention", key, Config) or Config.heuristic(**sizes)
-    parts = cut_contexts(rows, lengths, window, config)
-    num_parts = len(parts.token) if config.extra_parts else 1
-    out, *unjoined = triton_call(
+    parts = cut_contexts(rows, lengths, window, config) if config.extra_parts else None
+    num_parts = num_rows + config.extra_parts
+    num_programs = num_parts if len(q) == num_rows else min(num_parts, MIXED_PROGRAMS)
+    unjoined = (num_parts if parts else 1, num_heads)
+    out: jax.Array
+    out, *by_part = triton_call(
         functools.partial(
             _attend_kernel,
+            num_parts=num_parts,
+            num_programs=num_programs,
             config=config,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
@@ -252,25 +324,25 @@ def decode_attention_triton(
         ),
         (
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_parts, num_heads, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
-            jax.ShapeDtypeStruct((num_parts, num_heads), jnp.float32),
+            jax.ShapeDtypeStruct((*unjoined, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(unjoined, jnp.float32),
+            jax.ShapeDtypeStruct(unjoined, jnp.float32),
         ),
         name="paged_decode_attention",
-        grid=(len(parts.token), num_kv_heads),
+        grid=(num_kv_heads, num_programs) if config.heads_first else (num_programs, num_kv_heads),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(q, pool, page_table, parts)
-    if config.extra_parts:
+    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1)), parts)
+    if parts:
         out = triton_call(
-            _join_kernel,
+            functools.partial(_join_kernel, num_rows=num_rows),
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             name="join_attention_parts",
-            grid=(num_tokens, num_heads),
+            grid=(len(parts.cut_token), num_heads),
             num_warps=1,
             num_stages=1,
             interpret=interpret,
-            aliases={5: 0},
-        )(*unjoined, parts.first_of, parts.count_of, out)
+            aliases={6: 0},
+        )(*by_part, parts.cut_token, parts.first_of, parts.count_of, out)
     return out

@@ -18,7 +18,6 @@ def lora_expand_reference(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -35,7 +34,7 @@ def lora_expand_reference(
         y_rows = y.at[rows].get(mode="fill", fill_value=0)
         column = column_offset
         for i, (module, out_size) in enumerate(zip(modules, out_sizes, strict=True)):
-            segment = segments[layer, slot, module]
+            segment = tiles.segments[layer, tile, module]
             rank = true_rank(segment)
             lora_b = gather_rows(
                 pool, slot_pages[slot], segment[2], rank, num_rows=num_ranks, width=out_size
@@ -59,7 +58,6 @@ def lora_expand(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -76,13 +74,14 @@ def lora_expand(
                y[t, column_offset + sum(out_sizes[:i]) + n] += sum_{k < rank} v[t, i, k] B_m[k, n].
     Args:      base: `[T, W]`, given up to the result where the compiler can.
                v: f32 `[T, len(modules), R]`, R at least the rank of every slot in tiles.
-               column_offset: i32 scalar. The rest as in `lora_shrink`.
+               column_offset: i32 scalar, a multiple of gcd(128, W, *out_sizes). The rest as in
+               `lora_shrink`.
     Returns:   y: base's dtype, `[T, W]`; f32 accumulation, base included, and one rounding.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
-    check_adapter_tables(slot_pages, segments)
+    check_adapter_tables(slot_pages, tiles)
     num_tokens = tiles.row_order.shape[0]
     if base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
         raise ValueError(
@@ -98,7 +97,6 @@ def lora_expand(
             v,
             pool,
             slot_pages,
-            segments,
             layer,
             tiles,
             column_offset,
@@ -110,7 +108,7 @@ def lora_expand(
         return triton.lora_expand_triton(
             base,
             v,
-            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            adapter_arrays(pool, slot_pages, layer, tiles),
             column_offset,
             modules=modules,
             out_sizes=out_sizes,
@@ -123,7 +121,7 @@ def lora_expand(
         return mosaic.lora_expand_mosaic(
             base,
             v,
-            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            adapter_arrays(pool, slot_pages, layer, tiles),
             column_offset,
             modules=modules,
             out_sizes=out_sizes,

@@ -1,9 +1,10 @@
-"""LoRA expand in Pallas-Triton: one program a tile and block of output chunks, in place."""
+"""LoRA expand in Pallas-Triton, in place: one program a tile and block of output chunks."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,14 +13,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
+    NUM_PROGRAMS,
     AdapterArrays,
     Ref,
+    Rows,
     Segment,
     dot_f32,
+    find_rows,
+    for_each_tile,
     next_power_of_2,
-    read_chunks,
+    num_tile_programs,
+    read_rows,
     read_segment,
     read_tile_rows,
     select_static,
@@ -34,16 +41,18 @@ class Config:
 
     block_chunks: int  # chunks of one module's output
     block_ranks: int  # rows of B in a step of the loop
-    matvec: bool  # row by row without tensor cores, for tiles of few rows
     num_warps: int
     num_stages: int
 
     @classmethod
-    def heuristic(cls, *, block_rows: int) -> Config:
+    def heuristic(cls, *, num_tiles: int, block_rows: int, width: int) -> Config:
         """A reasonable choice where nothing was measured."""
-        if block_rows <= 8:
-            return cls(block_chunks=4, block_ranks=8, matvec=True, num_warps=4, num_stages=3)
-        return cls(block_chunks=1, block_ranks=16, matvec=False, num_warps=4, num_stages=2)
+        if block_rows == 1:  # enough programs for every multiprocessor, if there is enough work
+            chunks = num_tiles * chunks_per_row(width) // NUM_PROGRAMS
+            chunks = min(8, next_power_of_2(max(1, chunks)))
+            warps = max(1, chunks // 2)  # so that each warp adds up whole columns
+            return cls(block_chunks=chunks, block_ranks=64 // chunks, num_warps=warps, num_stages=1)
+        return cls(block_chunks=1, block_ranks=16, num_warps=4, num_stages=2)
 
 
 class _Block(NamedTuple):
@@ -54,6 +63,7 @@ class _Block(NamedTuple):
     segment: Segment
     first_chunk: jax.Array  # of the module's output
     row_chunks: jax.Array  # chunks in a row of B
+    max_row_chunks: int  # of any of the modules
     width: jax.Array  # columns of the module's output
     first_column: jax.Array  # of the module's output, in y
 
@@ -70,87 +80,104 @@ def _kernel(
     out_sizes: tuple[int, ...],
     block_rows: int,
 ) -> None:
-    tile, column_block = pl.program_id(0), pl.program_id(1)
+    column_block = pl.program_id(0)
+    first_blocks = _column_blocks(out_sizes, config)[0]
+    place = jnp.int32(0)
+    for first in first_blocks[1:]:
+        place = place + (column_block >= first).astype(jnp.int32)
+    first_chunk = (column_block - select_static(first_blocks, place)) * config.block_chunks
+    first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
+    # says so that columns start at multiples of it, which lets whole vectors be loaded
+    align = math.gcd(CHUNK, base_ref.shape[1], *out_sizes)
+    offset = jax.lax.div(column_offset_ref[0], jnp.int32(align)) * align
+    first_column = offset + select_static(first_columns, place)
 
-    @pl.when(tile < adapters.num_tiles[0])
-    def _() -> None:
-        first_blocks = _column_blocks(out_sizes, config)[0]
-        place = jnp.int32(0)
-        for first in first_blocks[1:]:
-            place = place + (column_block >= first).astype(jnp.int32)
+    row_chunks = [chunks_per_row(size) for size in out_sizes]
+
+    def expand(tile: jax.Array) -> None:
         segment = read_segment(adapters, tile, select_static(modules, place))
 
         @pl.when(segment.rank > 0)
         def _() -> None:
-            first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
             block = _Block(
                 tile=tile,
                 place=place,
                 segment=segment,
-                first_chunk=(column_block - select_static(first_blocks, place))
-                * config.block_chunks,
-                row_chunks=select_static([chunks_per_row(size) for size in out_sizes], place),
+                first_chunk=first_chunk,
+                row_chunks=select_static(row_chunks, place),
+                max_row_chunks=max(row_chunks),
                 width=select_static(out_sizes, place),
-                first_column=column_offset_ref[0] + select_static(first_columns, place),
+                first_column=first_column,
             )
-            if config.matvec:
-                _expand_row_by_row(base_ref, v_ref, adapters, y_ref, block, config)
+            exact = all(size % (config.block_chunks * CHUNK) == 0 for size in out_sizes)
+            if block_rows == 1:
+                _expand_row(base_ref, v_ref, adapters, y_ref, block, config, exact)
             else:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _expand_tile(base_ref, v_ref, adapters, y_ref, block, config, num_places)
 
+    for_each_tile(adapters, expand, block_rows=block_rows, axis=1)
+
 
 def _column_blocks(out_sizes: tuple[int, ...], config: Config) -> tuple[list[int], int]:
-    """Where each module's blocks start along the grid's second axis, and how many there are."""
+    """Where each module's blocks start along the grid's first axis, and how many there are."""
     counts = [pl.cdiv(chunks_per_row(size), config.block_chunks) for size in out_sizes]
     return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
 
 
-def _expand_row_by_row(
+def _expand_row(
     base_ref: Ref,
     v_ref: Ref,
     adapters: AdapterArrays,
     y_ref: Ref,
     block: _Block,
     config: Config,
+    exact: bool,
 ) -> None:
-    """Exact work for tiles of few rows: B comes from memory once, for later rows from the cache."""
-    chunk = block.first_chunk + jnp.arange(config.block_chunks, dtype=jnp.int32)
+    """The tile's one row: rows of B stream past its columns."""
+    row = adapters.row_order[block.tile]
     shape = (config.block_chunks, CHUNK)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * CHUNK + block.first_chunk * CHUNK
     column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    is_column = column < block.width
+    where = (jnp.full_like(column, row), block.first_column + column)
+    is_column = None if exact else column < block.width
+    other = None if exact else 0
+    base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
+    index = jnp.arange(config.block_chunks, dtype=jnp.int32)
+    find = functools.partial(_find_rows, adapters, block, config, block.first_chunk)
 
-    def expand_row(row_place: jax.Array, _: jax.Array) -> jax.Array:
-        row = adapters.row_order[row_place]
+    def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
+        rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
+        is_rank = rank < block.segment.rank
+        is_real = is_rank[:, None]
+        if not exact:
+            is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
+        b = read_rows(adapters, find(step), index, is_real)
+        v = pltriton.load(
+            v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, block.place), rank],
+            mask=is_rank,
+            other=0,
+        )
+        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
-        def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
-            rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
-            is_rank = rank < block.segment.rank
-            v = pltriton.load(
-                v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, block.place), rank],
-                mask=is_rank,
-                other=0,
-            )
-            b_chunk = block.segment.b_chunk + rank * block.row_chunks
-            b = read_chunks(
-                adapters,
-                block.segment.slot,
-                b_chunk[:, None] + chunk[None, :],
-                is_rank[:, None] & (chunk < block.row_chunks)[None, :],
-            )
-            return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
+    num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
+    delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
+    y = (base.astype(jnp.float32) + delta).astype(base.dtype)
+    pltriton.store(y_ref.at[where], y, mask=is_column)
 
-        num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
-        delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
-        where = (jnp.full_like(column, row), block.first_column + column)
-        base = pltriton.load(base_ref.at[where], mask=is_column, other=0)
-        y = (base.astype(jnp.float32) + delta).astype(base.dtype)
-        pltriton.store(y_ref.at[where], y, mask=is_column)
-        return _
 
-    jax.lax.fori_loop(
-        adapters.starts[block.tile], adapters.starts[block.tile + 1], expand_row, jnp.int32(0)
+def _find_rows(
+    adapters: AdapterArrays, block: _Block, config: Config, chunk: jax.Array, step: jax.Array
+) -> Rows:
+    """Rows of B of one step of the loop, from their chunk `chunk` on."""
+    first_chunk = block.segment.b_chunk + step * config.block_ranks * block.row_chunks + chunk
+    return find_rows(
+        adapters,
+        block.segment.slot,
+        first_chunk,
+        block.row_chunks,
+        num_rows=config.block_ranks,
+        max_row_chunks=block.max_row_chunks,
     )
 
 
@@ -176,11 +203,9 @@ def _expand_tile(
                 mask=is_row[:, None] & is_rank[None, :],
                 other=0,
             )
-            b_chunk = block.segment.b_chunk + rank * block.row_chunks + chunk
-            is_real = is_rank & (chunk < block.row_chunks)
-            return delta + _dot_exact(
-                v, read_chunks(adapters, block.segment.slot, b_chunk, is_real)
-            )
+            b_rows = _find_rows(adapters, block, config, chunk, step)
+            b = read_rows(adapters, b_rows, jnp.int32(0), is_rank & (chunk < block.row_chunks))
+            return delta + _dot_exact(v, b)
 
         num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
         delta = jnp.zeros((num_places, CHUNK), jnp.float32)
@@ -202,6 +227,19 @@ def _dot_exact(v: jax.Array, b: jax.Array) -> jax.Array:
     return dot_f32(high, b) + dot_f32(low, b)
 
 
+def find_config(
+    tiles: AdapterArrays | LoraTiles, *, block_rows: int, width: int, num_ranks: int
+) -> tuple[str, Config]:
+    """The key of a shape in the tuning table, and the configuration for it."""
+    sizes = {
+        "num_tiles": num_tile_programs(tiles, block_rows),
+        "block_rows": block_rows,
+        "width": width,
+    }
+    key = shape_key(num_ranks=num_ranks, **sizes)
+    return key, tuned("lora_expand", key, Config) or Config.heuristic(**sizes)
+
+
 def lora_expand_triton(
     base: jax.Array,
     v: jax.Array,
@@ -215,10 +253,15 @@ def lora_expand_triton(
     interpret: bool,
 ) -> jax.Array:
     """`lora_expand` in Pallas-Triton."""
-    chunks_per_page(adapters.pool)  # or raises
+    page_chunks = chunks_per_page(adapters.pool)
     if config is None:
-        key = shape_key(width=sum(out_sizes), num_ranks=v.shape[2], block_rows=block_rows)
-        config = tuned("lora_expand", key, Config) or Config.heuristic(block_rows=block_rows)
+        _, config = find_config(
+            adapters, block_rows=block_rows, width=sum(out_sizes), num_ranks=v.shape[2]
+        )
+    widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
+    # a block of a row lies in two pages at most
+    block_chunks = min(config.block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
+    config = dataclasses.replace(config, block_chunks=block_chunks)
     kernel = functools.partial(
         _kernel, config=config, modules=modules, out_sizes=out_sizes, block_rows=block_rows
     )
@@ -227,7 +270,7 @@ def lora_expand_triton(
         kernel,
         jax.ShapeDtypeStruct(base.shape, base.dtype),
         name="lora_expand",
-        grid=(adapters.slots.shape[0], num_column_blocks),
+        grid=(num_column_blocks, num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

@@ -94,14 +94,15 @@ def paged_decode_attention_reference(
 ) -> jax.Array:
     """The specification of `paged_decode_attention`: all rows at once."""
     out = _attend(
-        _grouped_queries(q, num_kv_heads, scale)[:, None],
+        _grouped_queries(q[: len(rows)], num_kv_heads, scale)[:, None],
         _as_kv_pages(pool, num_kv_heads, page_size, q.shape[2]),
         page_table[rows],
         (lengths - 1)[:, None],
         lengths,
         window,
     )
-    return out.reshape(q.shape).astype(q.dtype)
+    out = out.reshape(-1, *q.shape[1:]).astype(q.dtype)
+    return jnp.pad(out, ((0, len(q) - len(rows)), (0, 0), (0, 0)))
 
 
 def paged_ragged_attention_reference(
@@ -168,13 +169,15 @@ def paged_decode_attention(
     Semantics: out[t] = softmax(scale * q[t] . k[p]) . v[p] over the positions p < lengths[t] with
                lengths[t] - 1 - p < window, found in pages page_table[rows[t], p // page_size].
     Args:      q: `[T, N, H]`. pool: `[num_pages, 2 * K * page_size * H]`.
-               page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[T]`; length 0
-               marks padding. window: i32 scalar.
-    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0.
+               page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[B]` of the first
+               B <= T tokens; length 0 marks padding. window: i32 scalar.
+    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0, undefined from token B on.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    Flash-Decoding (Dao et al., 2023); PagedAttention (arXiv:2309.06180).
     """
     _check_shapes(q, pool, num_kv_heads, page_size)
+    if rows.shape != lengths.shape or len(rows) > len(q):
+        raise ValueError(f"rows {rows.shape}, lengths {lengths.shape} and q {q.shape} disagree")
     if implementation == "xla":
         return paged_decode_attention_reference(
             q,

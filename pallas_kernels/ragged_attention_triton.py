@@ -25,23 +25,42 @@ from pallas_kernels.tiles import QueryTiles
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
-MAX_QUERIES = 64  # rows of the product, block_q times the heads of a block; 128 measured slower
+MAX_QUERIES = 128  # rows of the product, block_q times the heads of a block
+STAGED_BYTES = 64 << 10  # of keys and values that a step of the loop brings to shared memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How the work is divided."""
+    """How the work is divided.
+
+    A unit is a kv head and a block of its query heads. `units_together` of them go through all
+    tiles before the next ones: many end together with the dearest tiles done first, few share the
+    keys and values that the cache holds.
+    """
 
     block_heads: int  # query heads of one kv head that share a program
+    units_together: int
     block_kv: int  # positions in a step of the loop
     num_warps: int
     num_stages: int
 
     @classmethod
-    def heuristic(cls, *, block_q: int, group: int) -> Config:
+    def heuristic(cls, *, block_q: int, group: int, position_bytes: int) -> Config:
         """A reasonable choice where nothing was measured."""
         heads = min(next_power_of_2(group), max(1, MAX_QUERIES // next_power_of_2(block_q)))
-        return cls(block_heads=heads, block_kv=64, num_warps=4, num_stages=2)
+        rows = next_power_of_2(block_q) * heads
+        return cls(
+            block_heads=heads,
+            units_together=32,
+            block_kv=min(max(64, rows), 128, STAGED_BYTES // position_bytes),
+            num_warps=8 if rows >= MAX_QUERIES else 4,
+            num_stages=3,
+        )
+
+
+def table_key(*, block_q: int, group: int, head_dim: int) -> str:
+    """Where the tuning table has this shape."""
+    return shape_key(block_q=block_q, group=group, head_dim=head_dim)
 
 
 def _kernel(
@@ -59,11 +78,15 @@ def _kernel(
     scale: float,
     interpret: bool,
 ) -> None:
-    tile, kv_head, head_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    tile = pl.program_id(1)
+    unit = pl.program_id(2) * config.units_together + pl.program_id(0)
     _, num_heads, head_dim = q_ref.shape
     group = num_heads // num_kv_heads
+    head_blocks = pl.cdiv(group, config.block_heads)
+    kv_head = jax.lax.div(unit, jnp.int32(head_blocks))
+    head_block = jax.lax.rem(unit, jnp.int32(head_blocks))
 
-    @pl.when(tile < tiles.num_tiles[0])
+    @pl.when((tile < tiles.num_tiles[0]) & (kv_head < num_kv_heads))
     def attend_tile() -> None:
         start, length = tiles.q_start[tile], tiles.q_len[tile]
         first_position, window = tiles.position[tile], window_ref[0]
@@ -126,10 +149,13 @@ def ragged_attention_triton(
     """`paged_ragged_attention` in Pallas-Triton."""
     group = q.shape[1] // num_kv_heads
     if config is None:
-        key = shape_key(block_q=tiles.block_q, group=group, head_dim=q.shape[2])
+        key = table_key(block_q=tiles.block_q, group=group, head_dim=q.shape[2])
         config = tuned("paged_ragged_attention", key, Config) or Config.heuristic(
-            block_q=tiles.block_q, group=group
+            block_q=tiles.block_q,
+            group=group,
+            position_bytes=2 * next_power_of_2(q.shape[2]) * pool.dtype.itemsize,
         )
+    num_units = num_kv_heads * pl.cdiv(group, config.block_heads)
     inputs = (q, pool, page_table, tiles, jnp.asarray(window, jnp.int32).reshape(1))
     out: jax.Array = triton_call(
         functools.partial(
@@ -142,7 +168,7 @@ def ragged_attention_triton(
         ),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="paged_ragged_attention",
-        grid=(tiles.row.shape[0], num_kv_heads, pl.cdiv(group, config.block_heads)),
+        grid=(config.units_together, len(tiles.row), pl.cdiv(num_units, config.units_together)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

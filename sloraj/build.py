@@ -35,6 +35,7 @@ from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
 from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
@@ -48,7 +49,7 @@ from sloraj.runner.state import RunnerConfig
 MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
-BLOCK_Q = {"xla": 16, "triton": 64, "mosaic": 128}
+BLOCK_Q = {"xla": 16, "triton": 128, "mosaic": 128}
 # On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
 LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
 INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
@@ -101,13 +102,15 @@ def _load(
     assert config.dtype is not None
     jnp_dtype = jnp.dtype(config.dtype)
     if config.random_weights:
-        return random_parameters(model, mesh, jnp_dtype, config.seed)
+        return random_parameters(model, mesh, jnp_dtype, config.seed, config.quantization)
     if is_converted(config.model):
-        restored = convert.restore(config.model, model, mesh, jnp_dtype)
+        ends, layers = convert.restore(config.model, model, mesh, jnp_dtype)
+        if config.quantization is not None:
+            layers = [quantize_layer(layer, config.quantization) for layer in layers]
         on_progress("weights", 1, 1)
-        return restored
+        return ends, layers
     with open_weights(config.model, model) as weights:
-        return load_parameters(weights, model, mesh, jnp_dtype, on_progress)
+        return load_parameters(weights, model, mesh, jnp_dtype, on_progress, config.quantization)
 
 
 def build_runner(
@@ -172,7 +175,12 @@ def build_runner(
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
     buckets = dataclasses.replace(buckets, lora_variants=LORA_VARIANTS[device.platform])
     spec = StepSpec(
-        config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
+        config=model_config,
+        tp=tp,
+        page_size=config.page_size,
+        max_rank=max_rank,
+        kernels=kernels,
+        quantization=config.quantization,
     )
     runner = DeviceRunner(
         abstract_model(spec, jnp.dtype(dtype)),
@@ -219,6 +227,7 @@ def build_runner(
         "max_rank": max_rank,
         "dtype": dtype,
         "kernels": str(kernels),
+        "quantization": config.quantization,
         "device": device.device_kind,
         "num_pages": plan.num_pages,
         "page_size": config.page_size,

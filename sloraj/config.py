@@ -24,6 +24,7 @@ class EngineConfig:
     adapters: tuple[tuple[str, str], ...] = ()  # (adapter_id, path), loaded before readiness
     adapters_dir: str | None = None  # every sub-directory with an adapter_config.json
     dtype: str | None = None  # None: bfloat16 on a GPU, float32 on CPU
+    quantization: str | None = None  # linear weights in a byte: "int8", "fp8"; None: as dtype
     tensor_parallel_size: int = 1
     page_size: int = 16  # tokens a KV page
     pool_bytes: int | None = None  # per device; None: what is left on a GPU, 256 MiB on CPU
@@ -59,6 +60,11 @@ class EngineConfig:
             raise ConfigError(
                 f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
                 param="kernels",
+            )
+        if self.quantization not in (None, "int8", "fp8"):
+            raise ConfigError(
+                f"quantization: got {self.quantization!r}, allowed: 'int8', 'fp8', or none",
+                param="quantization",
             )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(

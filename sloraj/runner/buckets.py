@@ -9,9 +9,9 @@ from sloraj.config import div_ceil
 
 SMALL_DECODE_ROWS = (1, 4, 16, 64)
 SAMPLE_ROWS = (8, 64)
-DECODE_BLOCK_ROWS = 8
-MIXED_BLOCK_ROWS = 32
-MIN_MIXED_TOKENS, MIN_HALFWAY_TOKENS = 128, 256
+DECODE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
+MIXED_BLOCK_ROWS = 64  # the fewest rows that a Hopper tensor core takes at full speed
+MIN_MIXED_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def make_buckets(
 
     Decoding is bound by reading weights, so padding a few rows costs nothing: its buckets are far
     apart while small. Mixed steps are bound by arithmetic from a few hundred tokens on: powers of
-    two up to the token budget, and the sizes half-way between. The scheduler cuts to them.
+    two up to the token budget, to which the scheduler cuts its chunks.
     """
     sample = [n for n in SAMPLE_ROWS if 4 * n <= max_num_seqs] + [max_num_seqs]
 
@@ -65,7 +65,7 @@ def make_buckets(
             num_logits=fit(n),
             is_decode=True,
             num_appends=n,
-            block_rows=min(DECODE_BLOCK_ROWS, n),
+            block_rows=DECODE_BLOCK_ROWS,
             num_lora_tiles=n,
             block_q=1,
             num_query_tiles=n,
@@ -83,7 +83,7 @@ def make_buckets(
             block_q=block_q,
             num_query_tiles=div_ceil(n, block_q) + rows,
         )
-        for n in _mixed_tokens(max_num_batched_tokens)
+        for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
         for rows in [min(n, max_num_seqs)]
     )
     return Buckets(decode=decode, mixed=mixed, sample=tuple(sample))
@@ -92,13 +92,6 @@ def make_buckets(
 def _decode_rows(max_num_seqs: int) -> list[int]:
     small = [n for n in SMALL_DECODE_ROWS if n < max_num_seqs]
     return small + _doubling(min(2 * SMALL_DECODE_ROWS[-1], max_num_seqs), max_num_seqs)
-
-
-def _mixed_tokens(last: int) -> list[int]:
-    sizes = []
-    for n in _doubling(min(MIN_MIXED_TOKENS, last), last):
-        sizes += [n, n * 3 // 2] if n >= MIN_HALFWAY_TOKENS and 2 * n <= last else [n]
-    return sizes
 
 
 def _doubling(first: int, last: int) -> list[int]:

@@ -30,7 +30,9 @@ def make_jobs(model: Model, mesh: Mesh, buckets: Buckets, config: RunnerConfig) 
     """All programs: forward passes first, for they take longest."""
     model_config = model.spec.config
     state = abstract_state(config, mesh, model_config.vocab_size)
-    flat: Any = abstract_parameters(model_config, mesh, jnp.dtype(config.layout.dtype))
+    flat: Any = abstract_parameters(
+        model_config, mesh, jnp.dtype(config.layout.dtype), model.spec.quantization
+    )
     ends, layers = unflatten(flat, model_config.num_layers)
     forwards = [
         CompileJob(

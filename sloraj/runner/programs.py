@@ -132,11 +132,11 @@ def _inputs(
         lengths=jnp.where(token < num_singles, positions + 1, 0),
         page_table=page_table,
         slot_pages=table.slot_pages,
-        segments=table.segments,
         lora_tiles=LoraTiles(
             row_order=fields["row_order"],
             starts=fields["tile_starts"],
             slots=fields["tile_slots"],
+            segments=table.segments[:, fields["tile_slots"]],
             num_tiles=fields["num_tiles"],
             block_rows=bucket.block_rows,
         ),

@@ -40,11 +40,15 @@ from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepHandle:
-    """An enqueued step: which rows are sampled, and the arrays to wait for."""
+    """An enqueued step: which rows are sampled, and the arrays to wait for.
+
+    Logits are let go as soon as they are sampled from: the next step's then get the same place, and
+    the CUDA graph that writes them need not be changed.
+    """
 
     batch: ScheduledBatch
     sampled: tuple[ScheduledRow, ...]
-    logits: StepLogits
+    logits: StepLogits | None  # in checked mode, and when nothing is sampled
     drawn: jax.Array | None
     floats: jax.Array | None
 
@@ -150,19 +154,20 @@ class DeviceRunner:
         if sampled:
             drawn, floats = self._run_sample(_variant(sampled), logits)
             drawn.copy_to_host_async()
-        return StepHandle(batch, sampled, logits, drawn, floats)
+        is_kept = self._config.checked or drawn is None
+        return StepHandle(batch, sampled, logits if is_kept else None, drawn, floats)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a step's tokens."""
         tokens: list[SampledToken] = []
-        if handle.drawn is None:
-            handle.logits.positions.block_until_ready()
-        else:
+        violations = 0
+        if handle.drawn is not None:
             drawn = np.asarray(handle.drawn)
             floats = None if handle.floats is None else np.asarray(handle.floats)
             for i, row in enumerate(handle.sampled):
                 tokens.append(_sampled_token(row, drawn[i], None if floats is None else floats[i]))
-        violations = int(handle.logits.violations) if self._config.checked else 0
+        if handle.logits is not None:
+            violations = int(handle.logits.violations)
         return StepResult(handle.batch.step, tuple(tokens), violations)
 
     def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:

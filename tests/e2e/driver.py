@@ -49,6 +49,7 @@ class Driver:
         num_pages: int = 512,
         kernels: Implementation = "xla",
         dtype: str = "float32",
+        quantization: str | None = None,
     ) -> None:
         self.config = config = read_model_config(model)
         mesh = make_mesh(tp)
@@ -58,13 +59,16 @@ class Driver:
             page_size=page_size,
             max_rank=max_rank,
             kernels=KernelChoice.uniform(kernels),
+            quantization=quantization,
         )
         self.layout = PoolLayout(
             num_layers=config.num_layers, num_kv_heads=local_kv_heads(config, tp),
             head_dim=config.head_dim, page_size=page_size, tp=tp, dtype=dtype,
         )  # fmt: skip
         with open_weights(model, config) as weights:
-            ends, layers = load_parameters(weights, config, mesh, jnp.dtype(dtype), quiet)
+            ends, layers = load_parameters(
+                weights, config, mesh, jnp.dtype(dtype), quiet, quantization
+            )
         buckets = make_buckets(max_num_seqs, max_num_tokens, page_size, 16)
         buckets = dataclasses.replace(buckets, decode=buckets.decode[-1:])  # one will do
         self.runner = DeviceRunner(
@@ -127,6 +131,7 @@ class Driver:
         handle = self.runner.execute(ScheduledBatch(0, tuple(rows), installs))
         result = self.runner.collect(handle)
         assert result.owner_violations == 0
+        assert handle.logits is not None
         logits = np.asarray(handle.logits.logits)
         found = {
             id(row.sequence): (logits[i], result.tokens[i].token_id) for i, row in enumerate(rows)

@@ -32,7 +32,7 @@ def make(page_chunks: int, dtype: Any = jnp.bfloat16) -> LoraCase:
 
 
 def arrays(case: LoraCase) -> tuple[Any, ...]:
-    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     return tuple(jax.tree.map(jnp.asarray, adapters))
 
 

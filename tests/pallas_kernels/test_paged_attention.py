@@ -119,13 +119,46 @@ def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
         for extra_parts in (0, 2, 40) if implementation == "triton" else (0,):
             if implementation == "triton":
                 keywords["config"] = decode_attention_triton.Config(
-                    extra_parts=extra_parts, min_part=32, block_kv=32, num_warps=4, num_stages=2
+                    extra_parts=extra_parts,
+                    min_part=32,
+                    heads_first=extra_parts == 2,
+                    edges_apart=extra_parts != 2,
+                    block_kv=32,
+                    num_warps=4,
+                    num_stages=2,
                 )
             out = decode(contexts, q, rows, lengths, window, **keywords)
             for token in range(3):
                 want = contexts.attention(q[token], rows[token], lengths[token] - 1, window, 0.125)
                 assert_close(out[token], want)
             assert not out[3].any()
+
+
+@pytest.mark.parametrize("extra_parts", [0, 9])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_may_be_the_first_tokens_of_a_longer_step(
+    implementation: str, extra_parts: int
+) -> None:
+    num_rows = decode_attention_triton.MIXED_PROGRAMS + 5
+    contexts = make_contexts(
+        lengths=[90, 17], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=1
+    )
+    q = queries(num_rows + 3, 4, 32, np.float32)
+    rows = np.arange(num_rows) % 2
+    lengths = np.where(np.arange(num_rows) % 9 == 4, 0, np.array([90, 17])[rows])
+    keywords: dict[str, Any] = {"implementation": implementation}
+    if implementation == "triton":
+        keywords["config"] = decode_attention_triton.Config(
+            extra_parts=extra_parts, min_part=32, heads_first=False, edges_apart=True,
+            block_kv=32, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    out = decode(contexts, q, rows, lengths, NO_WINDOW, **keywords)
+    for token, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if length == 0:
+            assert not out[token].any()
+        else:
+            want = contexts.attention(q[token], int(row), int(length) - 1, NO_WINDOW, 0.125)
+            assert_close(out[token], want)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -184,11 +217,11 @@ def test_scores_that_are_not_finite_show_in_their_token_and_in_no_other(
 
 
 @pytest.mark.parametrize(
-    ("block_heads", "block_kv", "window"),
-    [(1, 16, NO_WINDOW), (2, 32, 50), (4, 16, 50), (4, 32, 3), (1, 8, 20)],
+    ("block_heads", "units_together", "block_kv", "window"),
+    [(1, 4, 16, NO_WINDOW), (2, 1, 32, 50), (4, 8, 16, 50), (4, 1, 32, 3), (1, 1, 8, 20)],
 )
 def test_how_the_work_is_divided_does_not_show(
-    block_heads: int, block_kv: int, window: int
+    block_heads: int, units_together: int, block_kv: int, window: int
 ) -> None:
     contexts = make_contexts(
         lengths=[150, 12], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
@@ -196,7 +229,11 @@ def test_how_the_work_is_divided_does_not_show(
     tiles, tokens = make_query_tiles([(0, 110, 40), (1, 0, 12)], block_q=16, capacity=6)
     q = queries(len(tokens), 6, 32, np.float32)
     config = ragged_attention_triton.Config(
-        block_heads=block_heads, block_kv=block_kv, num_warps=4, num_stages=2
+        block_heads=block_heads,
+        units_together=units_together,
+        block_kv=block_kv,
+        num_warps=4,
+        num_stages=2,
     )
     out = ragged(contexts, q, tiles, window, implementation="triton", config=config)
     for t, token in enumerate(tokens):
