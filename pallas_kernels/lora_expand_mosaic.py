@@ -85,14 +85,15 @@ def _kernel(
                 place, segment, of_block("row_chunks"), of_block("first"), column, tile_stop - 1,
                 size, num_slots, page_chunks,
             )  # fmt: skip
-            for first in range(0, block_rows, ROWS_AT_ONCE):
-                start = tile_start + first
-                count = tile_stop - start
-                several = min(ROWS_AT_ONCE, block_rows - first)
+
+            def add_rows(group: jax.Array, _: None) -> None:
+                start = tile_start + group * ROWS_AT_ONCE
                 add = functools.partial(_add_rows, work, start, v_ref, adapters, y_ref, memory)
-                pl.when(count == 1)(functools.partial(add, 1))
-                if several > 1:
-                    pl.when(count > 1)(functools.partial(add, several))
+                pl.when(tile_stop - start == 1)(functools.partial(add, 1))
+                if block_rows > 1:
+                    pl.when(tile_stop - start > 1)(functools.partial(add, ROWS_AT_ONCE))
+
+            jax.lax.fori_loop(0, pl.cdiv(tile_stop - tile_start, ROWS_AT_ONCE), add_rows, None)
 
 
 @dataclasses.dataclass(frozen=True)
