@@ -34,9 +34,9 @@ INSIDE = ("pack_step", "forward", "sample")  # parts of execute
 VERBS = ("messages", "schedule", "execute", "collect", "update", "emit")
 
 
-def instant_core(rows: int, scratch: Path) -> EngineCore:
+def instant_core(rows: int, num_layers: int, scratch: Path) -> EngineCore:
     """A core whose forward and sample programs do nothing."""
-    GEOMETRIES[DEEP] = GEOMETRIES["tiny"] | {"num_hidden_layers": 32}
+    GEOMETRIES[DEEP] = GEOMETRIES["tiny"] | {"num_hidden_layers": num_layers}
     config = EngineConfig(
         model=write_geometry(DEEP, scratch),
         random_weights=True,
@@ -118,12 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {"bench": "host", "jax": jax.__version__, "unit": "us"}
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as scratch:
-            core = instant_core(rows, Path(scratch))
+            core = instant_core(rows, args.layers, Path(scratch))
         verbs = Verbs(core)
         for name, num_output in (("decode", 1800), ("churn", 64)):
             measured = drive(core, verbs, rows, num_output=num_output, num_steps=args.steps)

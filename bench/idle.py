@@ -140,6 +140,7 @@ def measure_installs(core: EngineCore, rows: int, num_prompt: int) -> dict[str, 
         "with_20_a_second_ms": with_20_s * 1e3,
         "with_one_a_step_ms": with_each_s * 1e3,
         "slower_at_20_a_second": with_20_s / alone_s - 1,
+        "num_installed": installs.num_sent,
     }
     for at_once in (1, 4):
         installs.at_once = at_once
@@ -167,7 +168,7 @@ def main() -> None:
             max_rank=8,
             max_model_len=args.context + 320,
             max_num_seqs=max(rows),
-            max_num_batched_tokens=max(512, 4 * max(rows)),
+            max_num_batched_tokens=args.max_num_batched_tokens,
             max_adapter_slots=max(rows) + 16,
             pool_bytes=args.pool_bytes,
             compilation_cache_dir=args.cache_dir,
@@ -224,6 +225,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
     parser.add_argument("--rows", default="1,64,256")
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
     parser.add_argument("--pool-bytes", type=int)
     parser.add_argument("--installs", action="store_true", help="at fewer than 64 rows too")
     parser.add_argument("--cache-dir")

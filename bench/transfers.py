@@ -194,7 +194,8 @@ def main() -> None:
     base_s = beside_decode(decode, None, staging, "")
     result: dict[str, Any] = {
         "bench": "transfers", "device": jax.devices()[0].device_kind,
-        "commit": args.commit or commit(), "command": command(), "jax": jax.__version__, "geometry": args.geometry,
+        "commit": args.commit or commit(), "command": command(),
+        "jax": jax.__version__, "geometry": args.geometry,
         "step_ms": base_s * 1e3, "rows": [],
     }  # fmt: skip
     for size in map(int, args.pages.split(",")):

@@ -29,7 +29,8 @@ from pallas_kernels.shapes import MODELS
 from pallas_kernels.tuning_table import device_kind
 
 TABLES = Path("pallas_kernels/tuning")
-DECODE_ROWS = (1, 4, 8, 16, 64, 128, 256)
+DECODE_ROWS = (64, 1, 16, 256, 4, 128)  # the engine's buckets, the most telling ones first
+MAX_KV_BYTES = 12e9
 COMPILERS = 14  # threads
 
 Entry = tuple[str, str, Any, float]  # op, key, configuration, microseconds
@@ -46,50 +47,46 @@ class Shape:
     block_q: int = 1
 
 
-def decode_shapes(model: str, numbers_of_rows: list[int]) -> list[Shape]:
-    """Contexts a little beyond whole blocks, as most are; long ones among short ones too."""
-    shape, found = MODELS[model], []
-    for rows in numbers_of_rows:
-        for max_length in (decode_triton.LONGEST_WHOLE, 2 * decode_triton.LONGEST_WHOLE):
-            is_long = max_length > decode_triton.LONGEST_WHOLE
-            short = Batch(name="even", model=model, contexts=(525,) * rows, max_length=max_length)
-            spread = np.random.default_rng(0).integers(16, max_length, size=rows)
-            uneven = dataclasses.replace(short, contexts=tuple(spread.tolist()))
-            found.append(
-                Shape(
-                    op="paged_decode_attention",
-                    key=decode_triton.table_key(
-                        head_dim=shape.head_dim,
-                        num_heads=shape.num_heads,
-                        num_kv_heads=shape.num_kv_heads,
-                        num_rows=rows,
-                        max_length=max_length,
-                    ),
-                    configs=tuple(decode_configs(rows, shape.num_kv_heads, is_long=is_long)),
-                    batches=(short, uneven) if rows * shape.num_kv_heads < 9000 else (short,),
-                )
-            )
-    return found
+def decode_shape(model: str, rows: int, max_length: int) -> Shape:
+    """Contexts a little beyond whole blocks, as most are, and very uneven ones."""
+    shape = MODELS[model]
+    even = Batch(name="even", model=model, contexts=(525,) * rows, max_length=max_length)
+    spread = np.random.default_rng(0).integers(16, max_length, size=rows)
+    uneven = dataclasses.replace(even, name="uneven", contexts=tuple(spread.tolist()))
+    is_long = max_length > decode_triton.LONGEST_WHOLE
+    return Shape(
+        op="paged_decode_attention",
+        key=decode_triton.table_key(
+            head_dim=shape.head_dim,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            num_rows=rows,
+            max_length=max_length,
+        ),
+        configs=tuple(decode_configs(rows, shape.num_kv_heads, is_long=is_long)),
+        batches=tuple(batch for batch in (even, uneven) if batch.kv_bytes < MAX_KV_BYTES),
+    )
 
 
 def decode_configs(
     rows: int, num_kv_heads: int, *, is_long: bool
 ) -> Iterable[decode_triton.Config]:
-    extras = [0] if not is_long and rows * num_kv_heads >= 256 else []
-    if rows * num_kv_heads < 4096:
-        extras += [max(1, programs // num_kv_heads) for programs in (528, 1056)]
-    elif is_long:
+    programs = rows * num_kv_heads
+    extras = [] if is_long else [0]
+    if is_long or programs < 2048:
         extras += [max(1, 528 // num_kv_heads)]
+    if programs < 1024:
+        extras += [max(1, 1056 // num_kv_heads)]
+    loops = [(True, 64, 4, 3), (False, 64, 4, 3), (True, 64, 4, 6), (False, 32, 4, 8)]
     for extra in extras:
         for min_part in (128, 256) if extra and rows <= 16 else (256,):
-            for edges_apart, block_kv, num_warps, num_stages in (
-                *((True, 64, 4, 3), (False, 64, 4, 3), (True, 64, 4, 6), (False, 64, 4, 6)),
-                *((False, 32, 4, 8), (False, 64, 2, 3)),
-            ):
-                yield decode_triton.Config(
-                    extra_parts=extra, min_part=min_part, edges_apart=edges_apart,
-                    block_kv=block_kv, num_warps=num_warps, num_stages=num_stages,
-                )  # fmt: skip
+            for edges_apart, block_kv, num_warps, num_stages in loops:
+                for heads_first in (False, True) if rows >= 64 else (False,):
+                    yield decode_triton.Config(
+                        extra_parts=extra, min_part=min_part, heads_first=heads_first,
+                        edges_apart=edges_apart, block_kv=block_kv, num_warps=num_warps,
+                        num_stages=num_stages,
+                    )  # fmt: skip
 
 
 def ragged_shapes(model: str) -> list[Shape]:
@@ -197,14 +194,20 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=TABLES)
     parser.add_argument("--rows", type=int, nargs="*", default=list(DECODE_ROWS))
     args = parser.parse_args()
-    for model in args.models:
-        for shape in ragged_shapes(model) + decode_shapes(model, args.rows):
-            if args.only and not any(part in f"{shape.op} {shape.key}" for part in args.only):
-                continue
-            print(f"{shape.op} {shape.key}", flush=True)
-            entry = tune(shape)
-            if args.write:
-                write([entry], args.tables / f"{device_kind()}.json")
+    shapes = [
+        decode_shape(model, rows, max_length)
+        for rows in args.rows
+        for max_length in (decode_triton.LONGEST_WHOLE, 4 * decode_triton.LONGEST_WHOLE)
+        for model in args.models
+    ]
+    shapes += [shape for model in args.models for shape in ragged_shapes(model)]
+    for shape in shapes:
+        if args.only and not any(part in f"{shape.op} {shape.key}" for part in args.only):
+            continue
+        print(f"{shape.op} {shape.key}", flush=True)
+        entry = tune(shape)
+        if args.write:
+            write([entry], args.tables / f"{device_kind()}.json")
 
 
 if __name__ == "__main__":

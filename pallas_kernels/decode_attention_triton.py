@@ -40,6 +40,7 @@ class Config:
 
     extra_parts: int  # room for so many parts beside one a row; 0: rows stay whole
     min_part: int  # positions; rows are not cut into shorter parts
+    heads_first: bool  # the programs of a part's heads start together, else those of a head's parts
     edges_apart: bool  # blocks that need masks have a loop of their own
     block_kv: int  # positions in a step of the loop
     num_warps: int
@@ -55,6 +56,7 @@ class Config:
         return cls(
             extra_parts=0 if is_whole else min(max(wanted, 1), possible),
             min_part=MIN_PART,
+            heads_first=False,
             edges_apart=True,
             block_kv=64,
             num_warps=4,
@@ -155,6 +157,8 @@ def _attend_kernel(
     interpret: bool,
 ) -> None:
     first_part, kv_head = pl.program_id(0), pl.program_id(1)
+    if config.heads_first:
+        first_part, kv_head = kv_head, first_part
     _, num_heads, head_dim = q_ref.shape
     num_rows = rows.rows.shape[0]
     group = num_heads // num_kv_heads
@@ -325,7 +329,7 @@ def decode_attention_triton(
             jax.ShapeDtypeStruct(unjoined, jnp.float32),
         ),
         name="paged_decode_attention",
-        grid=(num_programs, num_kv_heads),
+        grid=(num_kv_heads, num_programs) if config.heads_first else (num_programs, num_kv_heads),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

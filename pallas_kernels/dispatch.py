@@ -22,7 +22,7 @@ _HAS_MOSAIC = jax.__version_info__ >= (0, 11)  # what the kernels are written fo
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of a device kind: wgmma is theirs alone
 # Ops that have a Mosaic GPU kernel, and those of them where it is the fastest known on Hopper.
 MOSAIC_OPS = frozenset({"lora_shrink", "lora_expand", "ragged_attention", "linear"})
-MOSAIC_BEST = frozenset({"linear"})
+MOSAIC_BEST = frozenset({"ragged_attention", "linear"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ class Config:
 
     block_kv: int = 128  # positions in a step of the loop
     num_stages: int = 2  # blocks of keys and values in shared memory
-    heads_apart: bool = True  # all tiles of a head before the next head, rather than the reverse
+    heads_apart: bool = False  # all tiles of a head before the next head, rather than the reverse
     take_turns: bool = True  # one compute warpgroup multiplies while the other does its softmax
 
 

@@ -127,7 +127,7 @@ def test_a_measured_configuration_is_found_by_its_shape(
     config = {
         "block_ranks": 8,
         "block_chunks": 2,
-        "matvec": True,
+        "num_shares": 4,
         "num_warps": 2,
         "num_stages": 1,
     }

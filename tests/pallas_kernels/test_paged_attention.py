@@ -121,6 +121,7 @@ def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
                 keywords["config"] = decode_attention_triton.Config(
                     extra_parts=extra_parts,
                     min_part=32,
+                    heads_first=extra_parts == 2,
                     edges_apart=extra_parts != 2,
                     block_kv=32,
                     num_warps=4,
@@ -148,8 +149,8 @@ def test_rows_may_be_the_first_tokens_of_a_longer_step(
     keywords: dict[str, Any] = {"implementation": implementation}
     if implementation == "triton":
         keywords["config"] = decode_attention_triton.Config(
-            extra_parts=extra_parts, min_part=32, edges_apart=True, block_kv=32, num_warps=4,
-            num_stages=2,
+            extra_parts=extra_parts, min_part=32, heads_first=False, edges_apart=True,
+            block_kv=32, num_warps=4, num_stages=2,
         )  # fmt: skip
     out = decode(contexts, q, rows, lengths, NO_WINDOW, **keywords)
     for token, (row, length) in enumerate(zip(rows, lengths, strict=True)):
