@@ -66,6 +66,10 @@ class Case:
         return 2 if self.dtype == "bfloat16" else 1
 
     @property
+    def key(self) -> str:
+        return tuning_key(self.num_rows, *self.sizes, self.weight_bytes)
+
+    @property
     def num_calls(self) -> int:
         return max(3, min(24, math.ceil(ROTATED_BYTES / self.weight_bytes / math.prod(self.sizes))))
 
@@ -250,8 +254,7 @@ def table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         case = result["case"]
-        key = tuning_key(case.num_rows, *case.sizes, case.weight_bytes)
-        groups.setdefault(key, []).append(result)
+        groups.setdefault(case.key, []).append(result)
     for key, group in groups.items():
         group.sort(key=lambda result: result["us"])
         case = group[0]["case"]
@@ -283,14 +286,14 @@ def describe(case: Case) -> str:
     return f"m{config.num_groups}*{sizes} b{config.num_beside}{marks}"
 
 
-def merged(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the table holds of other ops and shapes, with these entries."""
+def merged(
+    path: Path, entries: dict[str, dict[str, Any]], measured: set[str]
+) -> dict[str, dict[str, Any]]:
+    """The file's table with these entries, and nothing else for the keys that were measured."""
     held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for op, found in entries.items():
-        others = {
-            k: v for k, v in held.get(op, {}).items() if all(k not in e for e in entries.values())
-        }
-        held[op] = dict(sorted((others | found).items()))
+        kept = {key: entry for key, entry in held.get(op, {}).items() if key not in measured}
+        held[op] = dict(sorted((kept | found).items()))
     return held
 
 
@@ -320,9 +323,10 @@ def main() -> None:
     found = cases(args)
     programs = compile_all(found, args, started)
     print(f"{len(programs)} of {len(found)} in {time.monotonic() - started:.1f} s", flush=True)
-    entries = table(time_all(programs, args, started))
+    results = time_all(programs, args, started)
+    entries, measured = table(results), {result["case"].key for result in results}
     with locked(args.lock):
-        args.out.write_text(json.dumps(merged(args.out, entries), indent=1) + "\n")
+        args.out.write_text(json.dumps(merged(args.out, entries, measured), indent=1) + "\n")
     print(f"done in {time.monotonic() - started:.1f} s")
 
 
