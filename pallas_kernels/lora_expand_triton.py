@@ -34,6 +34,8 @@ from pallas_kernels.triton_blocks import (
 )
 from pallas_kernels.tuning_table import shape_key, tuned
 
+MANY_CHUNKS = 32_768  # of y: then programs are many enough to be larger
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -47,15 +49,15 @@ class Config:
     tile_columns: int = 64  # and columns at once, up to a chunk
 
     @classmethod
-    def heuristic(cls, *, num_tiles: int, block_rows: int, width: int) -> Config:
-        """A reasonable choice where nothing was measured."""
+    def heuristic(cls, *, num_tokens: int, block_rows: int, width: int) -> Config:
+        """A reasonable choice where nothing was measured: work for every multiprocessor."""
+        num_chunks = num_tokens * chunks_per_row(width)
         if block_rows > 1:
-            return cls(block_chunks=2, num_warps=4, row_ranks=16)
-        # enough programs for every multiprocessor, if there is enough work
-        chunks = num_tiles * chunks_per_row(width) // NUM_PROGRAMS
-        chunks = min(8, next_power_of_2(max(1, chunks)))
-        warps = max(1, chunks // 2)  # so that each thread adds up whole columns
-        return cls(block_chunks=chunks, num_warps=warps, row_ranks=8 if chunks > 1 else 16)
+            chunks = 4 if num_chunks >= MANY_CHUNKS else 2
+            return cls(block_chunks=chunks, num_warps=4, row_ranks=16)
+        chunks = min(8, next_power_of_2(-(-num_chunks // NUM_PROGRAMS)))
+        ranks, warps = {1: (64, 2), 2: (16, 1), 4: (16, 2), 8: (4, 4)}[chunks]
+        return cls(block_chunks=chunks, num_warps=warps, row_ranks=ranks)
 
 
 class _Block(NamedTuple):
@@ -287,11 +289,7 @@ def find_config(
     tiles: AdapterArrays | LoraTiles, *, block_rows: int, width: int, num_ranks: int
 ) -> tuple[str, Config]:
     """The key of a shape in the tuning table, and the configuration for it."""
-    sizes = {
-        "num_tiles": num_tile_programs(tiles, block_rows),
-        "block_rows": block_rows,
-        "width": width,
-    }
+    sizes = {"num_tokens": tiles.row_order.shape[0], "block_rows": block_rows, "width": width}
     key = shape_key(num_ranks=num_ranks, **sizes)
     return key, tuned("lora_expand", key, Config) or Config.heuristic(**sizes)
 

@@ -16,6 +16,7 @@ from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
     NUM_PROGRAMS,
+    NUM_TILE_PROGRAMS,
     AdapterArrays,
     Ref,
     Segment,
@@ -37,22 +38,33 @@ from pallas_kernels.tuning_table import shape_key, tuned
 class Config:
     """How one program of the Triton kernel works; it owns a tile, a module and a share of A."""
 
-    num_shares: int  # programs that divide the rows of a module's A evenly, whatever its rank
+    num_shares: int  # programs that divide the rows of a module's A evenly
     num_warps: int
     num_stages: int = 1
-    row_ranks: int = 2  # for a tile of one row: rows of A in a step
+    row_ranks: int = 4  # for a tile of one row: rows of A in a step, the least that a share has
     row_chunks: int = 32  # and chunks of each that are loaded at once
     tile_ranks: int = 16  # for a tile of several rows: rows of A at once
     tile_chunks: int = 1  # and chunks of each in a step
 
     @classmethod
-    def heuristic(cls, *, num_tiles: int, block_rows: int, num_rows: int) -> Config:
-        """A reasonable choice where nothing was measured; num_tiles counts modules apart."""
-        if block_rows > 1:
-            return cls(num_shares=4, num_warps=4, num_stages=3)
-        # enough programs for every multiprocessor, if there is enough work
-        shares = min(max(4, next_power_of_2(NUM_PROGRAMS // num_tiles)), num_rows)
-        return cls(num_shares=shares, num_warps=4)
+    def heuristic(
+        cls, *, num_tokens: int, num_modules: int, block_rows: int, num_rows: int
+    ) -> Config:
+        """A reasonable choice where nothing was measured: work for every multiprocessor."""
+        if block_rows == 1:
+            wanted = max(1, NUM_PROGRAMS // (num_tokens * num_modules))
+            shares = min(16, max(4, 1 << (wanted.bit_length() - 1)), -(-num_rows // 4))
+            return cls(num_shares=shares, num_warps=8)
+        num_tiles = -(-num_tokens // block_rows) * num_modules
+        shares = min(4, 1 << (max(1, NUM_TILE_PROGRAMS // num_tiles).bit_length() - 1))
+        ranks = max(MIN_DOT, min(64 // shares, next_power_of_2(num_rows)))
+        # few tokens are most often single rows, which want several programs a multiprocessor
+        chunks = 2 if num_tokens >= 1024 else 1
+        stages = {16: 5, 32: 4, 64: 3}[ranks]  # as many as fit shared memory
+        return cls(
+            num_shares=shares, num_warps=4, num_stages=stages, row_ranks=2, tile_ranks=ranks,
+            tile_chunks=chunks,
+        )  # fmt: skip
 
 
 class _Share(NamedTuple):
@@ -82,7 +94,7 @@ def _kernel(
         x_row = _load_row(x_ref, adapters, tile, config) if block_rows == 1 else None
         segment = read_segment(adapters, tile, select_static(modules, place))
         num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
-        share_ranks = pl.cdiv(num_ranks, config.num_shares)
+        share_ranks = jnp.maximum(pl.cdiv(num_ranks, config.num_shares), config.row_ranks)
         first = share * share_ranks
         stop = jnp.minimum(first + share_ranks, num_ranks)
         block = _Share(tile, place, segment, first, stop)
@@ -244,7 +256,8 @@ def find_config(
 ) -> tuple[str, Config]:
     """The key of a shape in the tuning table, and the configuration for it."""
     sizes = {
-        "num_tiles": num_tile_programs(tiles, block_rows) * num_modules,
+        "num_tokens": tiles.row_order.shape[0],
+        "num_modules": num_modules,
         "block_rows": block_rows,
         "num_rows": num_rows,
     }

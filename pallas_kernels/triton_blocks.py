@@ -19,6 +19,7 @@ from pallas_kernels.adapter_layout import CHUNK, KIND_LORA
 from pallas_kernels.tiles import LoraTiles
 
 NUM_PROGRAMS = 768  # enough for the 132 multiprocessors of an H200
+NUM_TILE_PROGRAMS = 128  # the same, of programs that fill one each
 MIN_TILE_PROGRAMS = 128  # a row each of a batch that decodes beside a prefill
 MIN_DOT = 16  # rows and depth of the smallest tensor-core product
 Ref = Any  # Pallas has no public type for the references that a kernel gets
