@@ -65,7 +65,10 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
             lora_widths=lora_widths(config, tp),
         ),
     )  # fmt: skip
-    spec = StepSpec(config=config, tp=tp, page_size=16, max_rank=64, kernels=kernels)
+    spec = StepSpec(
+        config=config, tp=tp, page_size=16, max_rank=64, kernels=kernels,
+        quantization=args.quantization,
+    )  # fmt: skip
     model = abstract_model(spec, jnp.dtype("bfloat16"))
     runner_config = RunnerConfig(
         layout=layout, num_pages=args.num_pages, max_num_seqs=128, max_model_len=1024,
@@ -81,6 +84,7 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
+    parser.add_argument("--quantization", choices=("int8", "fp8"))
     parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"), help="default: the best")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--num-pages", type=int, default=8000)

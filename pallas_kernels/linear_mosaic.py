@@ -37,6 +37,7 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
+    overlaps: bool = False  # blocks may start while the last ones of the kernel before still run
 
     def block_rows(self, num_rows: int) -> int:
         """Rows of a tile of x: all of them."""
@@ -103,6 +104,9 @@ def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
+    if config.overlaps:
+        plgpu.griddepcontrol_launch_dependents()
+        plgpu.griddepcontrol_wait()
     *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs
     group = jax.lax.axis_index("group")
     share = jax.lax.axis_index("share")
