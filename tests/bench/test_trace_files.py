@@ -36,7 +36,7 @@ REQUESTS = st.builds(
 
 
 @given(st.lists(REQUESTS, min_size=1, max_size=20))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_what_was_written_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, requests: list[Request]
 ) -> None:
