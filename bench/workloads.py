@@ -33,14 +33,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from bench.popularity import assign_adapters, draw_adapters, tenant_of
 from bench.settings import LENGTHS
 from bench.trace import (
     Request,
-    Trace,
     adapters_by_tenant,
     at_rate,
-    default_tenant,
     downsample,
+    merge,
     summarise,
 )
 from bench.trace_files import read_trace, write_trace
@@ -115,42 +115,29 @@ def generate(workload: Workload) -> list[Request]:
         number = None if base else adapter
         found.append(
             Request(
-                arrival_s=arrival, adapter=number, tenant=_tenant(number, workload.num_tenants),
+                arrival_s=arrival, adapter=number, tenant=tenant_of(number, workload.num_tenants),
                 num_prompt_tokens=prompt, num_output_tokens=output,
             )
         )  # fmt: skip
     return found
 
 
-def draw_adapters(
-    rng: np.random.RandomState, num: int, num_adapters: int, *, alpha: float, zipf: float | None
-) -> np.ndarray:
-    """Adapter indices, int64 [num], by the paper's power law, or by Zipf's if `zipf` is given."""
-    if zipf is None:
-        drawn = (rng.power(alpha, num) * num_adapters).astype(np.int64)
-        return np.minimum(drawn, num_adapters - 1)  # X rounds up to 1 once in a long while
-    cumulative = np.cumsum(np.arange(1, num_adapters + 1, dtype=np.float64) ** -zipf)
-    drawn = np.searchsorted(cumulative / cumulative[-1], rng.random_sample(num), side="right")
-    return np.minimum(drawn, num_adapters - 1)
-
-
-def assign_adapters(
-    trace: Trace, num_adapters: int, *, alpha: float = 1.0, zipf: float | None = None,
-    seed: int = 42, num_tenants: int | None = None,
-) -> list[Request]:  # fmt: skip
-    """A recorded trace, which knows no adapters, with adapters drawn as `generate` draws them."""
-    rng = np.random.RandomState(seed)
-    drawn = draw_adapters(rng, len(trace), num_adapters, alpha=alpha, zipf=zipf).tolist()
-    return [
-        dataclasses.replace(request, adapter=adapter, tenant=_tenant(adapter, num_tenants))
-        for request, adapter in zip(trace, drawn, strict=True)
-    ]
-
-
-def _tenant(adapter: int | None, num_tenants: int | None) -> str:
-    if adapter is None or num_tenants is None:
-        return default_tenant(adapter)
-    return f"tenant-{adapter % num_tenants}"
+def flooded(workload: Workload, factor: float, adapter: int = 0) -> list[Request]:
+    """The trace of a workload, every request as it is, and besides them requests to one adapter at
+    `factor` times the mean rate of a tenant. Raises ValueError if there is no adapter.
+    """
+    workload._check("num_adapters", workload.num_adapters > 0, "above 0, for a flood")
+    num_tenants = workload.num_tenants or workload.num_adapters
+    flood = generate(
+        dataclasses.replace(
+            workload, rate=factor * workload.rate / num_tenants, num_adapters=1, base_share=0.0,
+            seed=(workload.seed + 1) % 2**32,
+        )
+    )  # fmt: skip
+    tenant = tenant_of(adapter, workload.num_tenants)
+    return merge(
+        generate(workload), [dataclasses.replace(r, adapter=adapter, tenant=tenant) for r in flood]
+    )
 
 
 def _arrivals(workload: Workload, rng: np.random.RandomState, num: int) -> np.ndarray:
@@ -206,7 +193,7 @@ def _moment(workload: Workload, steady: np.ndarray) -> np.ndarray:
 def main() -> None:
     args = _parse()
     try:
-        trace = _replayed(args) if args.replay else generate(_workload(args))
+        trace = _replayed(args) if args.replay else _generated(args)
         if not trace:
             raise ValueError("no request: rate * duration is below 1")
         summary = summarise(trace, window_s=args.window, saturated_rate=args.saturated_rate)
@@ -218,15 +205,16 @@ def main() -> None:
     print(json.dumps(summary, indent=1))
 
 
-def _workload(args: argparse.Namespace) -> Workload:
+def _generated(args: argparse.Namespace) -> list[Request]:
     num_adapters = 200 if args.adapters is None else args.adapters
-    return Workload(
+    workload = Workload(
         rate=args.rate, duration_s=args.duration, num_adapters=num_adapters, alpha=args.alpha,
         zipf=args.zipf, base_share=args.base_share, num_tenants=args.tenants,
         input_range=tuple(args.input), output_range=tuple(args.output), arrivals=args.arrivals,
         cv=args.cv, on_s=args.on, off_s=args.off, period_s=args.period, trough=args.trough,
         seed=args.seed,
     )  # fmt: skip
+    return generate(workload) if args.flood is None else flooded(workload, args.flood)
 
 
 def _replayed(args: argparse.Namespace) -> list[Request]:
@@ -259,6 +247,7 @@ def _parse() -> argparse.Namespace:
     add("--duration", type=float, default=300.0, help="seconds")
     add("--alpha", type=float, default=1.0, help="of the power law of popularity; 1 is uniform")
     add("--zipf", type=float, help="Zipf's exponent, instead of alpha; 0 is uniform")
+    add("--flood", type=float, help="adapter 0 is asked for so many times the mean besides")
     add("--base-share", type=float, default=0.0)
     add("--tenants", type=int, help="that share the adapters; else one for each adapter")
     add("--input", type=int, nargs=2, default=LENGTHS, metavar=("FROM", "TO"))

@@ -380,8 +380,8 @@ def test_what_cannot_work_is_said_before_anything_is_sent(
 
 def test_nothing_here_needs_a_device_library() -> None:
     modules = (
-        "client_run completion_stream fairness http_exchange outcome records serving settings slo "
-        "trace trace_files workloads"
+        "client_run completion_stream fairness http_exchange outcome popularity records serving "
+        "settings slo trace trace_files workloads"
     )
     code = (
         "import importlib, json, sys\n"

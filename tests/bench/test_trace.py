@@ -138,6 +138,7 @@ def test_a_summary_adds_up_and_normalises_load() -> None:
     assert (summary["num_adapters"], summary["num_tenants"]) == (2, 3)
     assert summary["top_adapter_share"] == pytest.approx(1 / 3)
     assert summarise(trace)["load"] is None
+    assert summarise(trace, window_s=1.0)["peak_rate"] == 1.0  # [t, t + 1) holds one of 1, 2, 4
 
 
 def test_a_digest_tells_any_two_traces_apart() -> None:

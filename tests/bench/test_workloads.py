@@ -4,6 +4,7 @@ generator fails with a chance below one in a million, and against the original's
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from bench import workloads
+from bench.popularity import assign_adapters
 from bench.trace import Request, digest
 from bench.trace_files import read_trace
-from bench.workloads import Workload, assign_adapters, steady_time
+from bench.workloads import Workload, flooded, steady_time
 
 generate = functools.cache(workloads.generate)
 
@@ -220,6 +222,21 @@ def test_a_recorded_trace_gets_adapters_by_the_same_law() -> None:
     trace = assign_adapters(plain, 20, alpha=0.3)
     check_counts(column(trace, "adapter"), np.diff((np.arange(21) / 20) ** 0.3))
     assert column(trace, "arrival_s").tolist() == column(plain, "arrival_s").tolist()
+    assert assign_adapters(trace, 0) == plain
+
+
+@pytest.mark.parametrize("num_tenants", [None, 5])
+def test_a_flood_comes_on_top_of_the_same_requests_at_its_rate(num_tenants: int | None) -> None:
+    workload = dataclasses.replace(MANY, num_tenants=num_tenants)
+    both = collections.Counter(flooded(workload, 20.0, adapter=3))
+    flood = both - collections.Counter(generate(workload))
+    assert both - flood == collections.Counter(generate(workload))
+    assert flood.total() == 20 * NUM // (num_tenants or 20)
+    assert {(r.adapter, r.tenant) for r in flood} == {
+        (3, "adapter-3" if num_tenants is None else "tenant-3")
+    }
+    with pytest.raises(ValueError, match="num_adapters: got 0, allowed: above 0"):
+        flooded(dataclasses.replace(MANY, num_adapters=0), 20.0)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -242,6 +259,17 @@ def test_the_command_writes_what_it_says_and_replays_what_it_wrote(
     assert replayed["load"] == pytest.approx(0.5, rel=1e-5)
     run(monkeypatch, "--replay", out, "--rate", 1, "--duration", 50, "--adapters", 3)
     assert json.loads(capsys.readouterr().out)["num_adapters"] == 3
+    burst = tmp_path / "burst.csv"
+    rows = [f"{second},{'GPT-4' if second % 3 else 'ChatGPT'},9,9,18,x" for second in range(99)]
+    names = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+    burst.write_text("\n".join([names, *rows, "99,ChatGPT,9,0,9,x"]) + "\n")
+    run(monkeypatch, "--replay", burst, "--drop-failed", "--rate", 2, "--duration", 20,
+        "--adapter-per-tenant", "--out", out)  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["num_adapters"] == 2
+    assert {(r.adapter, r.tenant) for r in read_trace(out)} in (
+        {(0, "ChatGPT"), (1, "GPT-4")}, {(1, "ChatGPT"), (0, "GPT-4")},
+    )  # fmt: skip
+    assert (len(read_trace(out)), read_trace(out)[-1].arrival_s) == (40, 20.0)
 
 
 @pytest.mark.parametrize(
