@@ -25,7 +25,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from bench.geometries import GEOMETRIES, write_geometry
 from checkpoints.hf_config import read_model_config
+from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj.adapters.layout import max_adapter_pages
+from sloraj.build import BLOCK_Q, lora_widths
 from sloraj.config import PoolLayout
 from sloraj.model.llama import StepSpec, abstract_model
 from sloraj.parallel.mesh import local_kv_heads
@@ -56,14 +58,25 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
         num_layers=config.num_layers, num_kv_heads=local_kv_heads(config, tp),
         head_dim=config.head_dim, page_size=16, tp=tp, dtype="bfloat16",
     )  # fmt: skip
-    spec = StepSpec(config=config, tp=tp, page_size=16, max_rank=64, kernels=args.kernels)
+    kernels = resolve_kernels(
+        args.kernels, platform="gpu", device_kind="NVIDIA H200",
+        shape=KernelShape(
+            head_dim=config.head_dim, page_size=16, dtype="bfloat16",
+            lora_widths=lora_widths(config, tp),
+        ),
+    )  # fmt: skip
+    spec = StepSpec(
+        config=config, tp=tp, page_size=16, max_rank=64, kernels=kernels,
+        quantization=args.quantization,
+    )  # fmt: skip
     model = abstract_model(spec, jnp.dtype("bfloat16"))
     runner_config = RunnerConfig(
         layout=layout, num_pages=args.num_pages, max_num_seqs=128, max_model_len=1024,
         max_adapter_slots=1024, max_adapter_pages=max_adapter_pages(layout, config, 64),
     )  # fmt: skip
     buckets = dataclasses.replace(
-        make_buckets(128, 2048, 16, 64), lora_variants=tuple(lora_variants.MODULES)
+        make_buckets(128, 2048, 16, BLOCK_Q[kernels.ragged_attention]),
+        lora_variants=tuple(lora_variants.MODULES),
     )
     return make_jobs(model, mesh, buckets, runner_config)
 
@@ -71,7 +84,8 @@ def abstract_jobs(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> list[Com
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
-    parser.add_argument("--kernels", choices=("xla", "triton"), default="triton")
+    parser.add_argument("--quantization", choices=("int8", "fp8"))
+    parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"), help="default: the best")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--num-pages", type=int, default=8000)
     parser.add_argument("--only", nargs="*", help="substrings of program names")

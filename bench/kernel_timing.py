@@ -88,14 +88,21 @@ def time_chain(
         return carry
 
     program = jax.jit(run, donate_argnums=0).lower(carry, list(inputs)).compile()
+    return time_compiled_chain(program, carry, (list(inputs),), len(inputs), repeats=repeats)
+
+
+def time_compiled_chain(
+    program: Any, carry: Any, arguments: tuple[Any, ...], num_calls: int, *, repeats: int = 5
+) -> float:
+    """Seconds a call of a program `carry -> carry` of `num_calls` calls, which donates carry."""
     for _ in range(WARM_UPS):
-        carry = program(carry, list(inputs))
+        carry = program(carry, *arguments)
     jax.block_until_ready(carry)
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         for _ in range(ENQUEUED):
-            carry = program(carry, list(inputs))
+            carry = program(carry, *arguments)
         jax.block_until_ready(carry)
-        seconds.append((time.perf_counter() - started) / ENQUEUED / len(inputs))
+        seconds.append((time.perf_counter() - started) / ENQUEUED / num_calls)
     return float(np.median(seconds))

@@ -1,138 +1,66 @@
 """Throughput of the engine in-process: a fixed set of requests, all at once, to the end.
 
-    python -m bench.offline --geometry llama-7b --adapters 200 --ranks 64,32,16,8 --requests 256 \\
-        --input 512 --output 128 --max-num-seqs 128 --out bench/results/.../offline.json
+    python -m bench.offline --geometry llama-7b --requests 1000 --input 256 --output 64 \\
+        --max-num-seqs 64 --adapters 1000 --ranks 8 --modes base,cold,warm,disk --out ...
 
-Runs the requests twice on one engine: on the base model alone, then spread over the adapters.
+Runs the requests on one engine in one mode after another:
+
+base    on the base model alone
+cold    spread over the adapters, which lie in host memory and not on the device
+warm    the same again: as many are on the device as fit
+disk    spread over adapters that nobody has loaded: each is read from a PEFT directory (in the page
+        cache, for it was just written) when its first request arrives
+engine  as the mode before it, through the Python interface: threads, texts; must come last
+
 Prompts are random token ids, generation is greedy and ignores eos. The result is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from bench.adapter_files import write_adapters
 from bench.geometries import GEOMETRIES, write_geometry
-from bench.random_adapters import random_adapter_loader
-from bench.record import commit, record
+from bench.offline_run import run_requests
+from bench.random_adapters import random_or_read_loader
+from bench.record import command, commit, record
+from bench.step_log import raw_step_s
+from bench.summary import target
+from bench.through_engine import run_through_engine, write_tokenizer
+from checkpoints.hf_config import read_model_config
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
-from sloraj.messages import Dead, Generate, RequestFailed, TokenOutput
 
-NOT_RECORDED = ("out", "cache_dir", "commit")  # of this machine, or said elsewhere
-
-
-@dataclasses.dataclass(slots=True)
-class Timings:
-    """Seconds of one request, from the start of the run."""
-
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-    num_tokens: int = 0
-
-
-def run_requests(
-    core: EngineCore, prompts: np.ndarray, adapters: list[str | None], num_output: int, tag: str
-) -> dict[str, Any]:
-    """Submit every request at once and step until all have finished."""
-    timings = {f"{tag}-{i}": Timings() for i in range(len(prompts))}
-    before = core.stats()
-    params = {"max_tokens": num_output, "temperature": 0.0, "ignore_eos": True, "seed": 0}
-    started = time.perf_counter()
-    for (request_id, _), prompt, adapter in zip(timings.items(), prompts, adapters, strict=True):
-        core.submit(
-            Generate(
-                request_id=request_id, prompt_token_ids=prompt.tolist(), params=params,
-                adapter_id=adapter,
-            )
-        )  # fmt: skip
-    num_open = len(timings)
-    steps: list[tuple[float, int]] = []  # end of each step, and the tokens that it told of
-    while num_open:
-        messages = core.step()
-        now = time.perf_counter() - started
-        steps.append((now, len(messages)))
-        for message in messages:
-            if isinstance(message, RequestFailed | Dead):
-                raise RuntimeError(f"{tag}: {message}")
-            if isinstance(message, TokenOutput):
-                timing = timings[message.request_id]
-                timing.first_token_s = timing.first_token_s or now
-                timing.last_token_s = now
-                timing.num_tokens += len(message.token_ids)
-                num_open -= message.finish_reason is not None
-    wall_s = time.perf_counter() - started
-    return _summary(core, before, timings, wall_s, prompts.size) | _decode_steps(timings, steps)
-
-
-def _decode_steps(timings: dict[str, Timings], steps: list[tuple[float, int]]) -> dict[str, float]:
-    """The last stretch in which every running request decodes: its rows, and seconds a step."""
-    begin = max(t.first_token_s for t in timings.values())
-    end = min((t.last_token_s for t in timings.values() if t.last_token_s > begin), default=begin)
-    ends = [(now, rows) for now, rows in steps if begin < now < end]
-    if len(ends) < 3:
-        return {}
-    durations = np.diff([now for now, _ in ends])
-    return {
-        "decode_rows": float(np.median([rows for _, rows in ends])),
-        "decode_step_s": float(np.median(durations)),
-    }
-
-
-def _summary(
-    core: EngineCore,
-    before: dict[str, Any],
-    timings: dict[str, Timings],
-    wall_s: float,
-    num_prompt_tokens: int,
-) -> dict[str, Any]:
-    after = core.stats()
-    num_output_tokens = sum(t.num_tokens for t in timings.values())
-    first = np.array([t.first_token_s for t in timings.values()])
-    per_token = np.array(
-        [(t.last_token_s - t.first_token_s) / max(t.num_tokens - 1, 1) for t in timings.values()]
-    )
-    counters = ("steps", "preemptions", "adapter_installs", "adapter_evictions")
-    return {
-        "wall_s": wall_s,
-        "requests_per_s": len(timings) / wall_s,
-        "output_tokens_per_s": num_output_tokens / wall_s,
-        "total_tokens_per_s": (num_output_tokens + num_prompt_tokens) / wall_s,
-        "num_output_tokens": num_output_tokens,
-        "num_prompt_tokens": num_prompt_tokens,
-        "first_token_s": _quantiles(first),
-        "time_per_output_token_s": _quantiles(per_token),
-        **{name: after[name] - before[name] for name in counters},
-        "num_adapters_resident": after["num_adapters_resident"],
-        "num_pages_free": after["num_pages_free"],
-        "num_pages_adapters": after["num_pages_adapters"],
-        "compiles_after_ready": after["runner"]["compiles_after_ready"],
-    }
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
+NOT_RECORDED = ("out", "cache_dir", "commit", "scratch")  # of this machine, or elsewhere
+MODES = ("base", "cold", "warm", "disk", "engine")
 
 
 def main() -> None:
     args = _parse()
-    with tempfile.TemporaryDirectory() as scratch:
-        model = write_geometry(args.geometry, Path(scratch))
-        result = _measure(args, model)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        model = write_geometry(args.geometry, Path(scratch) / "model")
+        write_tokenizer(model, GEOMETRIES[args.geometry]["vocab_size"])
+        result = _measure(args, model, Path(scratch))
     record(result, args.out)
 
 
-def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, Any]:
     ranks = [int(r) for r in args.ranks.split(",")]
-    names = [f"adapter-{i}" for i in range(args.adapters)]
+    modes = args.modes.split(",")
+    in_memory = args.adapters if {"cold", "warm"} & set(modes) else 0
+    names = [f"adapter-{i}" for i in range(in_memory)]
+    on_disk = args.adapters if "disk" in modes else 0
+    written = write_adapters(scratch, read_model_config(model), ranks, on_disk)
+    paths = {f"disk-{i}": path for i, path in enumerate(written)}
     config = EngineConfig(
         model=model,
         served_model_name=args.geometry,
@@ -141,9 +69,11 @@ def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
             (name, f"random:{ranks[i % len(ranks)]}:{i}") for i, name in enumerate(names)
         ),
         max_rank=max(ranks),
-        max_model_len=args.input + args.output + 16,
+        max_model_len=args.input + args.output + 64,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_waiting=args.requests,
+        max_adapter_slots=max(args.adapters, 1),
         pool_bytes=args.pool_bytes,
         kernels=args.kernels,
         compilation_cache_dir=args.cache_dir,
@@ -155,48 +85,131 @@ def _measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         if done == total:
             stages[f"{stage}_done_s"] = time.perf_counter() - started
 
-    core, info = build_core(config, note, make_loader=random_adapter_loader)
-    startup_s = time.perf_counter() - started
+    is_cache_warm = args.cache_dir is not None and any(Path(args.cache_dir).glob("*"))
+    core, info = build_core(config, note, make_loader=random_or_read_loader)
     result: dict[str, Any] = {
         "bench": "offline",
         "device": info["device"],
         "commit": args.commit or commit(),
+        "command": command(),
         "jax": jax.__version__,
         "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
         "engine": {k: v for k, v in info.items() if k != "model_path"},
-        "startup_s": startup_s,
+        "startup_s": time.perf_counter() - started,
         "startup_stages": stages,
+        "is_cache_warm": is_cache_warm,
     }
     if not args.start_only:
-        rng = np.random.default_rng(0)
-        vocab = GEOMETRIES[args.geometry]["vocab_size"]
-        prompts = rng.integers(3, vocab, (args.requests, args.input), dtype=np.int32)
-        spread: list[str | None] = [names[i % len(names)] for i in range(args.requests)]
-        base: list[str | None] = [None] * args.requests
-        result["base"] = run_requests(core, prompts, base, args.output, "base")
-        result["adapters"] = run_requests(core, prompts, spread, args.output, "adapters")
-        result["adapters_again"] = run_requests(core, prompts, spread, args.output, "again")
-        ratio = result["adapters"]["output_tokens_per_s"] / result["base"]["output_tokens_per_s"]
-        result["adapters_over_base"] = ratio
-    core.check_integrity()
+        workload = _Workload(args)
+        result |= _run_modes(args, core, workload, [m for m in modes if m != "engine"], paths)
+        core.check_integrity()
     result["runner"] = core.stats()["runner"]
     result["memory"] = jax.devices()[0].memory_stats()
+    if "engine" in modes:
+        names = workload.adapters_of(modes[modes.index("engine") - 1])
+        result["through_engine"] = run_through_engine(
+            core, info, model, workload.prompts, names, args.output
+        )
+        alone = result[modes[modes.index("engine") - 1]]["requests_per_s"]
+        result["through_engine"]["over_core_alone"] = (
+            result["through_engine"]["requests_per_s"] / alone
+        )
+    result["targets"] = _targets(args, result)
+    return result
+
+
+def _targets(args: argparse.Namespace, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of the summary; of throughput for the plan's own workload alone."""
+    warm = result["is_cache_warm"]
+    found = [
+        target(
+            "10", f"ready with a {'warm' if warm else 'cold'} compilation cache, "
+            f"{result['engine']['num_programs']} programs",
+            measured=result["startup_s"], limit=60 if warm else 240, unit="s",
+        )
+    ]  # fmt: skip
+    is_planned = (args.input, args.output, args.max_num_seqs, args.ranks) == (256, 64, 64, "8")
+    if is_planned and "base" in result:
+        per_s = result["base"]["requests_per_s"]
+        found.append(
+            target("12", "base", measured=per_s, limit=80, unit="requests/s", is_minimum=True)
+        )
+        found += [
+            target(
+                "12", f"{mode}, of base", measured=result[mode]["over_base"], limit=share,
+                unit="", is_minimum=True,
+            )
+            for mode, share in (("warm", 0.93), ("cold", 0.85), ("disk", 0.6))
+            if mode in result
+        ]  # fmt: skip
+    if is_planned and "through_engine" in result:
+        found.append(
+            target(
+                "9", "whole Python interface over the core alone", limit=0.97, unit="",
+                measured=result["through_engine"]["over_core_alone"], is_minimum=True,
+            )
+        )  # fmt: skip
+    return found
+
+
+class _Workload:
+    """The prompts, and which adapter each request uses."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        rng = np.random.default_rng(0)
+        vocab, num = GEOMETRIES[args.geometry]["vocab_size"], args.requests
+        self.prompts = rng.integers(3, vocab, (num, args.input), dtype=np.int32)
+        if args.popularity == "distinct":
+            self._drawn = [i % args.adapters for i in range(num)]
+        else:
+            exponent = 1.0 if args.popularity == "zipf" else 0.0
+            weights = 1.0 / np.arange(1, args.adapters + 1) ** exponent
+            self._drawn = rng.choice(args.adapters, num, p=weights / weights.sum()).tolist()
+
+    def adapters_of(self, mode: str) -> list[str | None]:
+        if mode == "base":
+            return [None] * len(self._drawn)
+        prefix = "disk" if mode == "disk" else "adapter"
+        return [f"{prefix}-{i}" for i in self._drawn]
+
+
+def _run_modes(
+    args: argparse.Namespace,
+    core: EngineCore,
+    workload: _Workload,
+    modes: list[str],
+    paths: Mapping[str, str],
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"raw_base": raw_step_s(core, args.input, args.max_num_seqs, [None])}
+    names: list[str | None] = [None]
+    for mode in modes:
+        names = workload.adapters_of(mode)
+        result[mode] = run_requests(
+            core, workload.prompts, names, args.output, mode, paths if mode == "disk" else {}
+        )
+        if "base" in result:
+            per_s = result[mode]["requests_per_s"]
+            result[mode]["over_base"] = per_s / result["base"]["requests_per_s"]
+    result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, names)
     return result
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
+    parser.add_argument("--modes", default="base,cold,warm", help=",".join(MODES))
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--ranks", default="64,32,16,8")
+    parser.add_argument("--popularity", choices=("distinct", "uniform", "zipf"), default="distinct")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--input", type=int, default=512)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--pool-bytes", type=int)
-    parser.add_argument("--kernels", choices=("xla", "triton"))
+    parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"))
     parser.add_argument("--cache-dir")
+    parser.add_argument("--scratch", help="where adapters are written")
     parser.add_argument("--commit", help="where the tree is not a repository")
     parser.add_argument("--start-only", action="store_true", help="measure start-up alone")
     parser.add_argument("--out", type=Path)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from checkpoints.model_config import ModelConfig
-from sloraj.adapters.layout import pack_adapter
+from sloraj.adapters.layout import Allocate, pack_adapter
 from sloraj.batch import PackedAdapter
+from sloraj.build import adapter_loader
 from sloraj.config import PoolLayout
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -50,7 +51,7 @@ def _draw(rank: int, config: ModelConfig, seed: int) -> _Weights:
 
 
 def random_adapter_loader(
-    config: ModelConfig, layout: PoolLayout, max_rank: int
+    config: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
 ) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
     """A `load_adapter` for build_core: the path "random:RANK:NUMBER" is a new adapter of that
     rank.
@@ -63,7 +64,22 @@ def random_adapter_loader(
         assert rank <= max_rank
         if rank not in drawn:
             drawn[rank] = pack_adapter(_draw(rank, config, rank), layout, config)
-        packed = dataclasses.replace(drawn[rank], version_id=path, pages=drawn[rank].pages.copy())
+        pages = allocate(drawn[rank].pages.shape, drawn[rank].pages.dtype)
+        np.copyto(pages, drawn[rank].pages)
+        packed = dataclasses.replace(drawn[rank], version_id=path, pages=pages)
         return packed, {"rank": rank, "path": path}
+
+    return load
+
+
+def random_or_read_loader(
+    config: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
+) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
+    """As `random_adapter_loader`; other paths are adapter directories, read as the engine does."""
+    draw = random_adapter_loader(config, layout, max_rank, allocate)
+    read = adapter_loader(config, layout, max_rank, allocate)
+
+    def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
+        return (draw if path.startswith("random:") else read)(path)
 
     return load

@@ -35,6 +35,7 @@ from sloraj.model.weights import random_parameters
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import Key
+from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
@@ -56,12 +57,14 @@ class Bench:
                 model=model, random_weights=True, max_num_seqs=rows,
                 max_num_batched_tokens=args.max_num_batched_tokens, max_rank=64,
                 max_model_len=args.context + 256, max_adapter_slots=2 * rows + 8,
-                kernels=args.kernels,
+                kernels=args.kernels, quantization=args.quantization,
             ),
             jax.default_backend(),
         )  # fmt: skip
         assert engine.dtype is not None
-        ends, layers = random_parameters(self.config, mesh, jax.numpy.dtype(engine.dtype), 0)
+        ends, layers = random_parameters(
+            self.config, mesh, jax.numpy.dtype(engine.dtype), 0, args.quantization
+        )
         self.runner, _, layout, self.info = build_runner(
             engine, self.config, mesh, ends, layers, lambda *_: None, only=_needed(args)
         )
@@ -82,8 +85,9 @@ class Bench:
         prefill_s = driver.prefill(sequences, prompts)
         decode_s = min(driver.decode(sequences, args.steps) for _ in range(args.repeats))
         floor_s = decode_floor_s(
-            self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks
-        )
+            self.config, self.peaks, context=args.context + args.steps // 2, ranks=ranks,
+            weight_bytes=1 if args.quantization else 2,
+        )  # fmt: skip
         result: dict[str, Any] = {
             "rows": rows,
             "kind": name,
@@ -115,7 +119,7 @@ def _needed(args: argparse.Namespace) -> list[Key]:
     return [
         *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
         *{("sample", "greedy", bucket.num_logits) for bucket in steps},
-        ("install", 8), ("install", 1), ("bind",), ("reset",), ("count",),
+        *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
     ]  # fmt: skip
 
 
@@ -238,6 +242,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--kernels")
+    parser.add_argument("--quantization", choices=("int8", "fp8"))
     parser.add_argument("--profile", type=int, help="rows of the batches to look into")
     parser.add_argument("--measure-peaks", action="store_true")
     parser.add_argument("--cache-dir")

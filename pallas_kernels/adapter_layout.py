@@ -30,7 +30,7 @@ def chunks_per_page(pool: jax.Array) -> int:
 
 
 def true_rank(segment: jax.Array) -> jax.Array:
-    """The rank of one `segments[layer, slot, module]`; 0 where the module is absent."""
+    """The rank of one `segments[layer, tile, module]`; 0 where the module is absent."""
     return jnp.where(segment[0] == KIND_LORA, segment[3], 0)
 
 
@@ -67,13 +67,13 @@ def tile_rows(tiles: LoraTiles, tile: jax.Array) -> jax.Array:
     return jnp.where(place < tiles.starts[tile + 1], rows, num_tokens)
 
 
-def check_adapter_tables(slot_pages: jax.Array, segments: jax.Array) -> None:
+def check_adapter_tables(slot_pages: jax.Array, tiles: LoraTiles) -> None:
     """Raise ValueError unless the tables have the shapes that `docs/design.md` gives them."""
-    if segments.ndim != 4 or segments.shape[2:] != (NUM_MODULES, 4):
+    num_tiles = tiles.slots.shape[0]
+    if tiles.segments.ndim != 4 or tiles.segments.shape[1:] != (num_tiles, NUM_MODULES, 4):
         raise ValueError(
-            f"segments has shape {segments.shape}, not [layers, slots, {NUM_MODULES}, 4]"
+            f"segments has shape {tiles.segments.shape}, "
+            f"not [layers, {num_tiles}, {NUM_MODULES}, 4]"
         )
-    if slot_pages.ndim != 2 or slot_pages.shape[0] != segments.shape[1]:
-        raise ValueError(
-            f"slot_pages has shape {slot_pages.shape}, not [{segments.shape[1]}, pages]"
-        )
+    if slot_pages.ndim != 2:
+        raise ValueError(f"slot_pages has shape {slot_pages.shape}, not [slots, pages]")

@@ -1,31 +1,47 @@
-"""Split-KV decode attention in Pallas-Triton: one program a row, kv head and part of the context.
+"""Flash-decoding in Pallas-Triton: one program a part of a row's context and a kv head.
 
-With more than one part, the parts' running softmaxes are combined by XLA afterwards.
+How rows are cut into parts is decided on the device, from their lengths: `cut_contexts`. A row of
+one part is finished by its program; the running softmaxes of others are joined by a second kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention_blocks import KvPages, Softmax, divide_seen
+from pallas_kernels.attention_blocks import (
+    LOWEST,
+    KvPages,
+    Softmax,
+    attend_blocks,
+    divide_seen,
+    whole_blocks,
+    window_blocks,
+)
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
-PROGRAMS_WANTED = 512  # fills the device; with more parts, combining them costs more than it gains
-MIN_SPLIT = 256  # positions; a shorter part is not worth combining
+PROGRAMS_WANTED = 1024  # fill the device, whatever the lengths
+MIN_PART = 256  # positions; joining shorter parts costs more than it gains
+LONGEST_WHOLE = 4096  # positions that one program may read while the others are long done
+JOINED_AT_ONCE = 16  # parts
+MIXED_PROGRAMS = 64  # a kv head, in a mixed step, where most places for rows may be empty
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """How the work is divided."""
 
-    num_splits: int  # parts of a row's visible context
+    extra_parts: int  # room for so many parts beside one a row; 0: rows stay whole
+    min_part: int  # positions; rows are not cut into shorter parts
+    heads_first: bool  # the programs of a part's heads start together, else those of a head's parts
+    edges_apart: bool  # blocks that need masks have a loop of their own
     block_kv: int  # positions in a step of the loop
     num_warps: int
     num_stages: int
@@ -33,72 +49,236 @@ class Config:
     @classmethod
     def heuristic(cls, *, num_rows: int, num_kv_heads: int, max_length: int) -> Config:
         """A reasonable choice where nothing was measured."""
-        wanted = next_power_of_2(max(1, PROGRAMS_WANTED // (num_rows * num_kv_heads)))
-        possible = next_power_of_2(max(1, max_length // MIN_SPLIT))
-        return cls(num_splits=min(wanted, possible, 32), block_kv=64, num_warps=4, num_stages=3)
+        num_programs = num_rows * num_kv_heads
+        is_whole = num_programs >= PROGRAMS_WANTED and max_length <= LONGEST_WHOLE
+        wanted = PROGRAMS_WANTED // num_kv_heads
+        possible = num_rows * max(0, pl.cdiv(max_length, MIN_PART) - 1)
+        return cls(
+            extra_parts=0 if is_whole else min(max(wanted, 1), possible),
+            min_part=MIN_PART,
+            heads_first=False,
+            edges_apart=True,
+            block_kv=64,
+            num_warps=4,
+            num_stages=3,
+        )
 
 
-def _kernel(
+def table_key(
+    *, head_dim: int, num_heads: int, num_kv_heads: int, num_rows: int, max_length: int
+) -> str:
+    """Where the tuning table has this shape; of lengths it knows only whether rows may be long."""
+    return shape_key(
+        head_dim=head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_rows=num_rows,
+        long=max_length > LONGEST_WHOLE,
+    )
+
+
+class Rows(NamedTuple):
+    """The rows as the op takes them; inside a kernel, references. i32 `[B]`."""
+
+    rows: Ref
+    lengths: Ref
+    window: Ref  # [1]
+
+
+class Parts(NamedTuple):
+    """Cuts of the rows' contexts, i32 `[P]` unless said; inside a kernel, references to them."""
+
+    token: Ref  # B where there is no part
+    row: Ref  # of the page table
+    begin: Ref  # first position
+    end: Ref  # after the last one
+    siblings: Ref  # parts of the same token, itself included
+    cut_token: Ref  # [C] tokens of more than one part, then B
+    first_of: Ref  # [C] the first part of such a token
+    count_of: Ref  # [C] its parts
+
+
+def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config: Config) -> Parts:
+    """Parts of nearly equal length, at most `extra_parts` more than rows, at least one a row.
+
+    All layers of a step cut alike: the compiler computes this once.
+    """
+    num_rows = len(rows)
+    begin = jnp.maximum(0, lengths - window)
+    first_block, last_block = window_blocks(begin, lengths, config.block_kv)
+    blocks = last_block - first_block
+    fair_blocks = pl.cdiv(jnp.sum(blocks, dtype=jnp.int32), config.extra_parts)
+    part_blocks = jnp.maximum(fair_blocks, max(1, config.min_part // config.block_kv))
+    count = jnp.maximum(1, pl.cdiv(blocks, part_blocks))
+    ends = jnp.cumsum(count, dtype=jnp.int32)
+    first = ends - count
+
+    part = jnp.arange(num_rows + config.extra_parts, dtype=jnp.int32)
+    token = _place_in(ends, part)
+    index = jnp.minimum(token, num_rows - 1)
+    from_block = first_block[index] + (part - first[index]) * part_blocks
+    cut = jnp.arange(min(num_rows, config.extra_parts), dtype=jnp.int32)
+    cut_token = _place_in(jnp.cumsum(count > 1, dtype=jnp.int32), cut)
+    cut_index = jnp.minimum(cut_token, num_rows - 1)
+    return Parts(
+        token=token,
+        row=rows[index],
+        begin=jnp.maximum(begin[index], from_block * config.block_kv),
+        end=jnp.minimum(lengths[index], (from_block + part_blocks) * config.block_kv),
+        siblings=count[index],
+        cut_token=cut_token,
+        first_of=first[cut_index],
+        count_of=count[cut_index],
+    )
+
+
+def _place_in(ends: jax.Array, number: jax.Array) -> jax.Array:
+    """Of each number, the first place whose end (ascending) lies above it; len(ends) if none."""
+    return jnp.sum(ends[None, :] <= number[:, None], axis=1, dtype=jnp.int32)
+
+
+def _attend_kernel(
     q_ref: Ref,
     pool_ref: Ref,
     page_table_ref: Ref,
-    rows_ref: Ref,
-    lengths_ref: Ref,
-    window_ref: Ref,
-    out_ref: Ref,  # [T, K, splits, G, H]; without splits in q's dtype, else unnormalised f32
-    highest_ref: Ref,  # [T, K, splits, G]
-    total_ref: Ref,  # [T, K, splits, G]
+    rows: Rows,
+    parts: Parts | None,  # None: rows stay whole
+    out_ref: Ref,  # [T, N, H] of q's dtype
+    unjoined_ref: Ref,  # f32 [P, N, H], unnormalised
+    highest_ref: Ref,  # f32 [P, N]
+    total_ref: Ref,  # f32 [P, N]
     *,
+    num_parts: int,
+    num_programs: int,  # a kv head; each has every so many-th part
     config: Config,
+    num_kv_heads: int,
     page_size: int,
     scale: float,
+    interpret: bool,
 ) -> None:
-    token, kv_head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    _, num_kv_heads, _, group, head_dim = out_ref.shape
-    length = lengths_ref[token]
-    begin = jnp.maximum(0, length - window_ref[0])
-    first_block = jax.lax.div(begin, jnp.int32(config.block_kv))
-    num_blocks = pl.cdiv(length, config.block_kv) - first_block
-    split_blocks = pl.cdiv(num_blocks, config.num_splits)
-    first = first_block + split * split_blocks
-    last = jnp.minimum(first + split_blocks, first_block + num_blocks)
-
-    num_queries = max(MIN_DOT, next_power_of_2(group))
-    head = jnp.arange(num_queries, dtype=jnp.int32)
+    first_part, kv_head = pl.program_id(0), pl.program_id(1)
+    if config.heads_first:
+        first_part, kv_head = kv_head, first_part
+    _, num_heads, head_dim = q_ref.shape
+    num_rows = rows.rows.shape[0]
+    group = num_heads // num_kv_heads
+    place = jnp.arange(max(MIN_DOT, next_power_of_2(group)), dtype=jnp.int32)
+    head = kv_head * group + place
     lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
-    is_query = (head < group)[:, None] & (lane < head_dim)[None, :]
-    q_head = (kv_head * group + head)[:, None]
-    q = pltriton.load(
-        q_ref.at[jnp.full((1, 1), token), q_head, lane[None, :]], mask=is_query, other=0
-    )
-    pages = KvPages(
-        pool_ref, page_table_ref, rows_ref[token], kv_head, num_kv_heads, page_size, head_dim
-    )
+    mask = (place < group)[:, None] & (lane < head_dim)[None, :]
 
-    def attend_block(block: jax.Array, softmax: Softmax) -> Softmax:
-        position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
-        visible = (position >= begin) & (position < length)
-        k, v = pages.load(0, position, visible), pages.load(1, position, visible)
-        return softmax.attend(q, k, v, jnp.broadcast_to(visible[None, :], scores_shape), scale)
+    def at(index: jax.Array) -> tuple[jax.Array, ...]:
+        return jnp.full((1, 1), index), head[:, None], lane[None, :]
 
-    scores_shape = (num_queries, config.block_kv)
-    softmax = jax.lax.fori_loop(first, last, attend_block, Softmax.empty(num_queries, head_dim))
-    out = softmax.normalised() if config.num_splits == 1 else softmax.out
-    place = [jnp.full_like(head, index) for index in (token, kv_head, split)]
-    pltriton.store(
-        out_ref.at[(*(index[:, None] for index in place), head[:, None], lane[None, :])],
-        out.astype(out_ref.dtype),
-        mask=is_query,
-    )
-    pltriton.store(highest_ref.at[(*place, head)], softmax.highest, mask=head < group)
-    pltriton.store(total_ref.at[(*place, head)], softmax.total, mask=head < group)
+    def attend(token: jax.Array, row: jax.Array, begin: jax.Array, end: jax.Array) -> Softmax:
+        q = pltriton.load(q_ref.at[at(token)], mask=mask, other=0)
+        pages = KvPages(pool_ref, page_table_ref, row, kv_head, num_kv_heads, page_size, head_dim)
+
+        def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
+            written, visible = None, None
+            if is_edge:
+                position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
+                is_visible = (position >= begin) & (position < end)
+                visible = jnp.broadcast_to(is_visible[None, :], (len(place), config.block_kv))
+                written = end
+            k = pages.load(0, block, config.block_kv, written)
+            v = pages.load(1, block, config.block_kv, written)
+            return softmax.attend(q, k, lambda: v, visible, scale=scale, interpret=interpret)
+
+        nothing = Softmax.empty(len(place), head_dim)
+        blocks = window_blocks(begin, end, config.block_kv)
+        if config.edges_apart:
+            inner = whole_blocks(begin, end, config.block_kv)
+            return attend_blocks(attend_block, nothing, blocks, inner)
+        softmax: Softmax = jax.lax.fori_loop(
+            *blocks, lambda block, softmax: attend_block(block, softmax, True), nothing
+        )
+        return softmax
+
+    def finish(token: jax.Array, softmax: Softmax) -> None:
+        out = softmax.normalised().astype(out_ref.dtype)
+        pltriton.store(out_ref.at[at(token)], out, mask=mask)
+
+    def attend_row(token: jax.Array) -> None:
+        length = rows.lengths[token]
+        begin = jnp.maximum(0, length - rows.window[0])
+        finish(token, attend(token, rows.rows[token], begin, length))
+
+    def attend_part(part: jax.Array) -> None:
+        assert parts is not None
+        token = parts.token[part]
+
+        @pl.when(token < num_rows)
+        def attend_real() -> None:
+            softmax = attend(token, parts.row[part], parts.begin[part], parts.end[part])
+            is_whole = parts.siblings[part] == 1
+            pl.when(is_whole)(lambda: finish(token, softmax))
+
+            @pl.when(jnp.logical_not(is_whole))
+            def leave_unjoined() -> None:
+                pltriton.store(unjoined_ref.at[at(part)], softmax.out, mask=mask)
+                where = (jnp.full_like(head, part), head)
+                pltriton.store(highest_ref.at[where], softmax.highest, mask=place < group)
+                pltriton.store(total_ref.at[where], softmax.total, mask=place < group)
+
+    attend_one = attend_row if parts is None else attend_part
+    if num_programs >= num_parts:
+        attend_one(first_part)
+        return
+
+    def take_turn(turn: jax.Array, _: None) -> None:
+        attend_one(first_part + turn * num_programs)
+
+    turns = pl.cdiv(num_parts - first_part, num_programs)
+    jax.lax.fori_loop(jnp.int32(0), turns, take_turn, None)
 
 
-def _combine(out: jax.Array, highest: jax.Array, total: jax.Array) -> jax.Array:
-    """One softmax from those of the parts (axis 2); zeros where none of them saw a key."""
-    weight = jnp.exp2(highest - jnp.max(highest, axis=2, keepdims=True))
-    whole = jnp.sum(total * weight, axis=2)[..., None]
-    return divide_seen(jnp.sum(out * weight[..., None], axis=2), whole)
+def _join_kernel(
+    unjoined_ref: Ref,
+    highest_ref: Ref,
+    total_ref: Ref,
+    token_ref: Ref,
+    first_ref: Ref,
+    count_ref: Ref,
+    _: Ref,  # out, finished for tokens of one part
+    out_ref: Ref,
+    *,
+    num_rows: int,
+) -> None:
+    """One program a cut token and head: one softmax from those of its parts."""
+    cut, head = pl.program_id(0), pl.program_id(1)
+    head_dim = out_ref.shape[2]
+    token, first, count = token_ref[cut], first_ref[cut], count_ref[cut]
+
+    @pl.when(token < num_rows)
+    def join() -> None:
+        lane = jnp.arange(next_power_of_2(head_dim), dtype=jnp.int32)
+        is_lane = lane < head_dim
+
+        def add(index: jax.Array, seen: Softmax) -> Softmax:
+            place = index * JOINED_AT_ONCE + jnp.arange(JOINED_AT_ONCE, dtype=jnp.int32)
+            is_part = place < count
+            where = (first + place, jnp.full_like(place, head))
+            part_highest = pltriton.load(highest_ref.at[where], mask=is_part, other=-jnp.inf)
+            part_total = pltriton.load(total_ref.at[where], mask=is_part, other=0)
+            part_out = pltriton.load(
+                unjoined_ref.at[(*(w[:, None] for w in where), lane[None, :])],
+                mask=is_part[:, None] & is_lane[None, :],
+                other=0,
+            )
+            highest = jnp.maximum(seen.highest, jnp.max(part_highest))
+            weight, kept = jnp.exp2(part_highest - highest), jnp.exp2(seen.highest - highest)
+            return Softmax(
+                seen.out * kept + jnp.sum(part_out * weight[:, None], axis=0),
+                highest,
+                seen.total * kept + jnp.sum(part_total * weight),
+            )
+
+        nothing = Softmax(jnp.zeros(lane.shape, jnp.float32), jnp.float32(LOWEST), jnp.float32(0))
+        seen = jax.lax.fori_loop(jnp.int32(0), pl.cdiv(count, JOINED_AT_ONCE), add, nothing)
+        out = divide_seen(seen.out, jnp.full_like(seen.out, seen.total))
+        where = (jnp.full_like(lane, token), jnp.full_like(lane, head), lane)
+        pltriton.store(out_ref.at[where], out.astype(out_ref.dtype), mask=is_lane)
 
 
 def decode_attention_triton(
@@ -116,31 +296,53 @@ def decode_attention_triton(
     interpret: bool,
 ) -> jax.Array:
     """`paged_decode_attention` in Pallas-Triton."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_rows = len(rows)
+    _, num_heads, head_dim = q.shape
     if config is None:
         sizes = {
-            "num_rows": num_tokens,
+            "num_rows": num_rows,
             "num_kv_heads": num_kv_heads,
             "max_length": page_table.shape[1] * page_size,
         }
-        key = shape_key(head_dim=head_dim, num_heads=num_heads, **sizes)
+        key = table_key(head_dim=head_dim, num_heads=num_heads, **sizes)
         config = tuned("paged_decode_attention", key, Config) or Config.heuristic(**sizes)
-    parts = (num_tokens, num_kv_heads, config.num_splits, num_heads // num_kv_heads)
-    out_dtype = q.dtype if config.num_splits == 1 else jnp.float32
-    out, highest, total = triton_call(
-        functools.partial(_kernel, config=config, page_size=page_size, scale=scale),
+    parts = cut_contexts(rows, lengths, window, config) if config.extra_parts else None
+    num_parts = num_rows + config.extra_parts
+    num_programs = num_parts if len(q) == num_rows else min(num_parts, MIXED_PROGRAMS)
+    unjoined = (num_parts if parts else 1, num_heads)
+    out: jax.Array
+    out, *by_part = triton_call(
+        functools.partial(
+            _attend_kernel,
+            num_parts=num_parts,
+            num_programs=num_programs,
+            config=config,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            interpret=interpret,
+        ),
         (
-            jax.ShapeDtypeStruct((*parts, head_dim), out_dtype),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*unjoined, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(unjoined, jnp.float32),
+            jax.ShapeDtypeStruct(unjoined, jnp.float32),
         ),
         name="paged_decode_attention",
-        grid=(num_tokens, num_kv_heads, config.num_splits),
+        grid=(num_kv_heads, num_programs) if config.heads_first else (num_programs, num_kv_heads),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(q, pool, page_table, rows, lengths, jnp.asarray(window, jnp.int32).reshape(1))
-    if config.num_splits > 1:
-        out = _combine(out, highest, total).astype(q.dtype)
-    attended: jax.Array = out.reshape(q.shape)
-    return attended
+    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1)), parts)
+    if parts:
+        out = triton_call(
+            functools.partial(_join_kernel, num_rows=num_rows),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            name="join_attention_parts",
+            grid=(len(parts.cut_token), num_heads),
+            num_warps=1,
+            num_stages=1,
+            interpret=interpret,
+            aliases={6: 0},
+        )(*by_part, parts.cut_token, parts.first_of, parts.count_of, out)
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import lora_expand_mosaic as mosaic
 from pallas_kernels import lora_expand_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
@@ -17,7 +18,6 @@ def lora_expand_reference(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -34,7 +34,7 @@ def lora_expand_reference(
         y_rows = y.at[rows].get(mode="fill", fill_value=0)
         column = column_offset
         for i, (module, out_size) in enumerate(zip(modules, out_sizes, strict=True)):
-            segment = segments[layer, slot, module]
+            segment = tiles.segments[layer, tile, module]
             rank = true_rank(segment)
             lora_b = gather_rows(
                 pool, slot_pages[slot], segment[2], rank, num_rows=num_ranks, width=out_size
@@ -58,7 +58,6 @@ def lora_expand(
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     column_offset: jax.Array,
@@ -66,7 +65,7 @@ def lora_expand(
     modules: tuple[int, ...],
     out_sizes: tuple[int, ...],
     implementation: str,
-    config: triton.Config | None = None,
+    config: triton.Config | mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Add each row's low-rank product to the base output, several modules side by side.
@@ -75,13 +74,14 @@ def lora_expand(
                y[t, column_offset + sum(out_sizes[:i]) + n] += sum_{k < rank} v[t, i, k] B_m[k, n].
     Args:      base: `[T, W]`, given up to the result where the compiler can.
                v: f32 `[T, len(modules), R]`, R at least the rank of every slot in tiles.
-               column_offset: i32 scalar. The rest as in `lora_shrink`.
+               column_offset: i32 scalar, a multiple of gcd(128, W, *out_sizes). The rest as in
+               `lora_shrink`.
     Returns:   y: base's dtype, `[T, W]`; f32 accumulation, base included, and one rounding.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
-    check_adapter_tables(slot_pages, segments)
+    check_adapter_tables(slot_pages, tiles)
     num_tokens = tiles.row_order.shape[0]
     if base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
         raise ValueError(
@@ -97,7 +97,6 @@ def lora_expand(
             v,
             pool,
             slot_pages,
-            segments,
             layer,
             tiles,
             column_offset,
@@ -105,10 +104,24 @@ def lora_expand(
             out_sizes=out_sizes,
         )
     if implementation == "triton":
+        assert not isinstance(config, mosaic.Config)
         return triton.lora_expand_triton(
             base,
             v,
-            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            adapter_arrays(pool, slot_pages, layer, tiles),
+            column_offset,
+            modules=modules,
+            out_sizes=out_sizes,
+            block_rows=tiles.block_rows,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, triton.Config)
+        return mosaic.lora_expand_mosaic(
+            base,
+            v,
+            adapter_arrays(pool, slot_pages, layer, tiles),
             column_offset,
             modules=modules,
             out_sizes=out_sizes,

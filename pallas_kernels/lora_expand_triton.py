@@ -1,9 +1,10 @@
-"""LoRA expand in Pallas-Triton: one program a tile and block of output chunks, in place."""
+"""LoRA expand in Pallas-Triton, in place: one program a tile and block of output chunks."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,14 +13,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
+    NUM_PROGRAMS,
     AdapterArrays,
     Ref,
+    Rows,
     Segment,
     dot_f32,
+    find_rows,
+    for_each_tile,
     next_power_of_2,
-    read_chunks,
+    num_tile_programs,
+    read_rows,
     read_segment,
     read_tile_rows,
     select_static,
@@ -33,17 +40,22 @@ class Config:
     """How one program of the Triton kernel works; it owns one tile and a block of chunks of y."""
 
     block_chunks: int  # chunks of one module's output
-    block_ranks: int  # rows of B in a step of the loop
-    matvec: bool  # row by row without tensor cores, for tiles of few rows
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    row_ranks: int = 8  # for a tile of one row: rows of B in a step of the loop
+    tile_ranks: int = 64  # for a tile of several rows: rows of B at once
+    tile_columns: int = 64  # and columns at once, up to a chunk
 
     @classmethod
-    def heuristic(cls, *, block_rows: int) -> Config:
+    def heuristic(cls, *, num_tiles: int, block_rows: int, width: int) -> Config:
         """A reasonable choice where nothing was measured."""
-        if block_rows <= 8:
-            return cls(block_chunks=4, block_ranks=8, matvec=True, num_warps=4, num_stages=3)
-        return cls(block_chunks=1, block_ranks=16, matvec=False, num_warps=4, num_stages=2)
+        if block_rows > 1:
+            return cls(block_chunks=2, num_warps=4, row_ranks=16)
+        # enough programs for every multiprocessor, if there is enough work
+        chunks = num_tiles * chunks_per_row(width) // NUM_PROGRAMS
+        chunks = min(8, next_power_of_2(max(1, chunks)))
+        warps = max(1, chunks // 2)  # so that each thread adds up whole columns
+        return cls(block_chunks=chunks, num_warps=warps, row_ranks=8 if chunks > 1 else 16)
 
 
 class _Block(NamedTuple):
@@ -54,6 +66,7 @@ class _Block(NamedTuple):
     segment: Segment
     first_chunk: jax.Array  # of the module's output
     row_chunks: jax.Array  # chunks in a row of B
+    max_row_chunks: int  # of any of the modules
     width: jax.Array  # columns of the module's output
     first_column: jax.Array  # of the module's output, in y
 
@@ -70,87 +83,127 @@ def _kernel(
     out_sizes: tuple[int, ...],
     block_rows: int,
 ) -> None:
-    tile, column_block = pl.program_id(0), pl.program_id(1)
+    column_block = pl.program_id(0)
+    first_blocks = _column_blocks(out_sizes, config)[0]
+    place = jnp.int32(0)
+    for first in first_blocks[1:]:
+        place = place + (column_block >= first).astype(jnp.int32)
+    first_chunk = (column_block - select_static(first_blocks, place)) * config.block_chunks
+    first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
+    # says so that columns start at multiples of it, which lets whole vectors be loaded
+    align = math.gcd(CHUNK, base_ref.shape[1], *out_sizes)
+    offset = jax.lax.div(column_offset_ref[0], jnp.int32(align)) * align
+    first_column = offset + select_static(first_columns, place)
 
-    @pl.when(tile < adapters.num_tiles[0])
-    def _() -> None:
-        first_blocks = _column_blocks(out_sizes, config)[0]
-        place = jnp.int32(0)
-        for first in first_blocks[1:]:
-            place = place + (column_block >= first).astype(jnp.int32)
+    row_chunks = [chunks_per_row(size) for size in out_sizes]
+
+    def expand(tile: jax.Array) -> None:
         segment = read_segment(adapters, tile, select_static(modules, place))
 
         @pl.when(segment.rank > 0)
         def _() -> None:
-            first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
             block = _Block(
                 tile=tile,
                 place=place,
                 segment=segment,
-                first_chunk=(column_block - select_static(first_blocks, place))
-                * config.block_chunks,
-                row_chunks=select_static([chunks_per_row(size) for size in out_sizes], place),
+                first_chunk=first_chunk,
+                row_chunks=select_static(row_chunks, place),
+                max_row_chunks=max(row_chunks),
                 width=select_static(out_sizes, place),
-                first_column=column_offset_ref[0] + select_static(first_columns, place),
+                first_column=first_column,
             )
-            if config.matvec:
-                _expand_row_by_row(base_ref, v_ref, adapters, y_ref, block, config)
-            else:
+            exact = all(size % (config.block_chunks * CHUNK) == 0 for size in out_sizes)
+            if block_rows == 1:
+                _expand_row(tile, base_ref, v_ref, adapters, y_ref, block, config, exact)
+                return
+            start = adapters.starts[tile]
+            num_tile_rows = adapters.starts[tile + 1] - start
+
+            @pl.when(num_tile_rows == 1)
+            def _() -> None:
+                _expand_row(start, base_ref, v_ref, adapters, y_ref, block, config, exact)
+
+            @pl.when(num_tile_rows > 1)
+            def _() -> None:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _expand_tile(base_ref, v_ref, adapters, y_ref, block, config, num_places)
 
+    for_each_tile(adapters, expand, block_rows=block_rows, axis=1)
+
 
 def _column_blocks(out_sizes: tuple[int, ...], config: Config) -> tuple[list[int], int]:
-    """Where each module's blocks start along the grid's second axis, and how many there are."""
+    """Where each module's blocks start along the grid's first axis, and how many there are."""
     counts = [pl.cdiv(chunks_per_row(size), config.block_chunks) for size in out_sizes]
     return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
 
 
-def _expand_row_by_row(
+def _expand_row(
+    row_place: jax.Array,
     base_ref: Ref,
     v_ref: Ref,
     adapters: AdapterArrays,
     y_ref: Ref,
     block: _Block,
     config: Config,
+    exact: bool,
 ) -> None:
-    """Exact work for tiles of few rows: B comes from memory once, for later rows from the cache."""
-    chunk = block.first_chunk + jnp.arange(config.block_chunks, dtype=jnp.int32)
+    """The tile's one row: rows of B stream past its columns."""
+    row = adapters.row_order[row_place]
     shape = (config.block_chunks, CHUNK)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * CHUNK + block.first_chunk * CHUNK
     column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    is_column = column < block.width
+    where = (jnp.full_like(column, row), block.first_column + column)
+    is_column = None if exact else column < block.width
+    other = None if exact else 0
+    base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
+    index = jnp.arange(config.block_chunks, dtype=jnp.int32)
+    find = functools.partial(
+        _find_rows, adapters, block, block.first_chunk, num_rows=config.row_ranks
+    )
 
-    def expand_row(row_place: jax.Array, _: jax.Array) -> jax.Array:
-        row = adapters.row_order[row_place]
+    def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
+        rank = step * config.row_ranks + jnp.arange(config.row_ranks, dtype=jnp.int32)
+        is_rank = rank < block.segment.rank
+        is_real = is_rank[:, None]
+        if not exact:
+            is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
+        b = read_rows(adapters, find(step), index, is_real)
+        v = _load_v(v_ref, jnp.full_like(rank, row), jnp.bool_(True), block, rank)
+        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
-        def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
-            rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
-            is_rank = rank < block.segment.rank
-            v = pltriton.load(
-                v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, block.place), rank],
-                mask=is_rank,
-                other=0,
-            )
-            b_chunk = block.segment.b_chunk + rank * block.row_chunks
-            b = read_chunks(
-                adapters,
-                block.segment.slot,
-                b_chunk[:, None] + chunk[None, :],
-                is_rank[:, None] & (chunk < block.row_chunks)[None, :],
-            )
-            return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
+    num_steps = pl.cdiv(block.segment.rank, config.row_ranks)
+    delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
+    y = (base.astype(jnp.float32) + delta).astype(base.dtype)
+    pltriton.store(y_ref.at[where], y, mask=is_column)
 
-        num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
-        delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
-        where = (jnp.full_like(column, row), block.first_column + column)
-        base = pltriton.load(base_ref.at[where], mask=is_column, other=0)
-        y = (base.astype(jnp.float32) + delta).astype(base.dtype)
-        pltriton.store(y_ref.at[where], y, mask=is_column)
-        return _
 
-    jax.lax.fori_loop(
-        adapters.starts[block.tile], adapters.starts[block.tile + 1], expand_row, jnp.int32(0)
+def _load_v(
+    v_ref: Ref, row: jax.Array, is_row: jax.Array, block: _Block, rank: jax.Array
+) -> jax.Array:
+    """v of some rows and ranks, zeros where there is none.
+
+    What v holds past the rank is undefined, and set to zero after the load: masks that differ
+    within a vector would make it load each element by itself.
+    """
+    shape = jnp.broadcast_shapes(row.shape, rank.shape)
+    where = (row, jnp.full((1,) * len(shape), block.place), rank)
+    mask = jnp.broadcast_to(is_row & (rank < v_ref.shape[2]), shape)
+    v = pltriton.load(v_ref.at[where], mask=mask, other=0)
+    return jnp.where(rank < block.segment.rank, v, 0.0)
+
+
+def _find_rows(
+    adapters: AdapterArrays, block: _Block, chunk: jax.Array, step: jax.Array, *, num_rows: int
+) -> Rows:
+    """Rows of B of one step of the loop, from their chunk `chunk` on."""
+    first_chunk = block.segment.b_chunk + step * num_rows * block.row_chunks + chunk
+    return find_rows(
+        adapters,
+        block.segment.slot,
+        first_chunk,
+        block.row_chunks,
+        num_rows=num_rows,
+        max_row_chunks=block.max_row_chunks,
     )
 
 
@@ -163,34 +216,62 @@ def _expand_tile(
     config: Config,
     num_places: int,
 ) -> None:
-    """All rows of the tile at once on the tensor cores, one chunk of columns after the other."""
+    """All rows of the tile at once on the tensor cores, piece by piece of the block's columns.
+
+    What a piece needs is loaded while the piece before it is multiplied.
+    """
     rows, is_row = read_tile_rows(adapters, block.tile, num_places)
-    for i in range(config.block_chunks):
-        chunk = block.first_chunk + i
+    width = config.tile_columns
+    pieces_per_chunk = CHUNK // width
+    num_pieces = config.block_chunks * pieces_per_chunk
+    first_piece = block.first_chunk * pieces_per_chunk
+    num_steps = -(-v_ref.shape[2] // config.tile_ranks)  # most often 1
 
-        def add_ranks(step: jax.Array, delta: jax.Array, chunk: jax.Array = chunk) -> jax.Array:
-            rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
-            is_rank = rank < block.segment.rank
-            v = pltriton.load(
-                v_ref.at[rows[:, None], jnp.full((1, 1), block.place), rank[None, :]],
-                mask=is_row[:, None] & is_rank[None, :],
-                other=0,
-            )
-            b_chunk = block.segment.b_chunk + rank * block.row_chunks + chunk
-            is_real = is_rank & (chunk < block.row_chunks)
-            return delta + _dot_exact(
-                v, read_chunks(adapters, block.segment.slot, b_chunk, is_real)
-            )
+    def load_v(step: jax.Array) -> jax.Array:
+        rank = step * config.tile_ranks + jnp.arange(config.tile_ranks, dtype=jnp.int32)
+        return _load_v(v_ref, rows[:, None], is_row[:, None], block, rank[None, :])
 
-        num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
-        delta = jnp.zeros((num_places, CHUNK), jnp.float32)
-        delta = jax.lax.fori_loop(0, num_steps, add_ranks, delta)
-        column = chunk * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
-        where = (rows[:, None], (block.first_column + column)[None, :])
+    def load_b(piece: jax.Array, step: jax.Array) -> jax.Array:
+        rank = step * config.tile_ranks + jnp.arange(config.tile_ranks, dtype=jnp.int32)
+        piece = first_piece + piece
+        chunk = jax.lax.div(piece, jnp.int32(pieces_per_chunk))
+        lane = jax.lax.rem(piece, jnp.int32(pieces_per_chunk)) * width
+        is_real = (rank < block.segment.rank) & (chunk < block.row_chunks)
+        b_rows = _find_rows(adapters, block, chunk, step, num_rows=config.tile_ranks)
+        lane = lane + jnp.arange(width, dtype=jnp.int32)
+        return read_rows(adapters, b_rows, jnp.int32(0), is_real, lane)
+
+    def place(piece: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        column = (first_piece + piece) * width + jnp.arange(width, dtype=jnp.int32)
         mask = is_row[:, None] & (column < block.width)[None, :]
+        return (rows[:, None], (block.first_column + column)[None, :]), mask
+
+    def load(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+        where, mask = place(piece)
         base = pltriton.load(base_ref.at[where], mask=mask, other=0)
+        return base, load_b(piece, jnp.int32(0))
+
+    v = load_v(jnp.int32(0))
+
+    def expand_piece(
+        piece: jax.Array, loaded: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        base, b = loaded
+        following = load(jnp.minimum(piece + 1, num_pieces - 1))
+        delta = _dot_exact(v, b)
+        if num_steps > 1:
+
+            def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
+                return delta + _dot_exact(load_v(step), load_b(piece, step))
+
+            stop = pl.cdiv(block.segment.rank, config.tile_ranks)
+            delta = jax.lax.fori_loop(1, stop, add_ranks, delta)
+        where, mask = place(piece)
         y = (base.astype(jnp.float32) + delta).astype(base.dtype)
         pltriton.store(y_ref.at[where], y, mask=mask)
+        return following
+
+    jax.lax.fori_loop(0, num_pieces, expand_piece, load(jnp.int32(0)))
 
 
 def _dot_exact(v: jax.Array, b: jax.Array) -> jax.Array:
@@ -200,6 +281,19 @@ def _dot_exact(v: jax.Array, b: jax.Array) -> jax.Array:
     high = v.astype(jnp.bfloat16)
     low = (v - high.astype(jnp.float32)).astype(jnp.bfloat16)
     return dot_f32(high, b) + dot_f32(low, b)
+
+
+def find_config(
+    tiles: AdapterArrays | LoraTiles, *, block_rows: int, width: int, num_ranks: int
+) -> tuple[str, Config]:
+    """The key of a shape in the tuning table, and the configuration for it."""
+    sizes = {
+        "num_tiles": num_tile_programs(tiles, block_rows),
+        "block_rows": block_rows,
+        "width": width,
+    }
+    key = shape_key(num_ranks=num_ranks, **sizes)
+    return key, tuned("lora_expand", key, Config) or Config.heuristic(**sizes)
 
 
 def lora_expand_triton(
@@ -215,10 +309,15 @@ def lora_expand_triton(
     interpret: bool,
 ) -> jax.Array:
     """`lora_expand` in Pallas-Triton."""
-    chunks_per_page(adapters.pool)  # or raises
+    page_chunks = chunks_per_page(adapters.pool)
     if config is None:
-        key = shape_key(width=sum(out_sizes), num_ranks=v.shape[2], block_rows=block_rows)
-        config = tuned("lora_expand", key, Config) or Config.heuristic(block_rows=block_rows)
+        _, config = find_config(
+            adapters, block_rows=block_rows, width=sum(out_sizes), num_ranks=v.shape[2]
+        )
+    widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
+    # a block of a row lies in two pages at most
+    block_chunks = min(config.block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
+    config = dataclasses.replace(config, block_chunks=block_chunks)
     kernel = functools.partial(
         _kernel, config=config, modules=modules, out_sizes=out_sizes, block_rows=block_rows
     )
@@ -227,7 +326,7 @@ def lora_expand_triton(
         kernel,
         jax.ShapeDtypeStruct(base.shape, base.dtype),
         name="lora_expand",
-        grid=(adapters.slots.shape[0], num_column_blocks),
+        grid=(num_column_blocks, num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

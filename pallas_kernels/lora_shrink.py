@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import lora_shrink_mosaic as mosaic
 from pallas_kernels import lora_shrink_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
@@ -16,7 +17,6 @@ def lora_shrink_reference(
     x: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     *,
@@ -31,7 +31,7 @@ def lora_shrink_reference(
         rows, slot = tile_rows(tiles, tile), tiles.slots[tile]
         x_rows = x.at[rows].get(mode="fill", fill_value=0).astype(jnp.float32)
         for i, module in enumerate(modules):
-            segment = segments[layer, slot, module]
+            segment = tiles.segments[layer, tile, module]
             lora_a = gather_rows(
                 pool,
                 slot_pages[slot],
@@ -53,7 +53,6 @@ def lora_shrink(
     x: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
     *,
@@ -61,7 +60,7 @@ def lora_shrink(
     num_rows: int,
     rank_split: int,
     implementation: str,
-    config: triton.Config | None = None,
+    config: triton.Config | mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Project rows into the rank space of their adapters, several modules of one input at once.
@@ -69,18 +68,17 @@ def lora_shrink(
     Semantics: v[t, i, j] = sum_d x[t, d] * A_m[j, d]  for rows t in tiles, m = modules[i] present,
                j < ceil(rank / rank_split); everything else in v is undefined.
     Args:      x: `[T, in]`. pool: `[num_pages, page_elems]`, of x's dtype or another float.
-               slot_pages: i32 `[S, max_adapter_pages]`. segments: i32 `[L, S, 7, 4]`.
-               layer: i32 scalar.
+               slot_pages: i32 `[S, max_adapter_pages]`. layer: i32 scalar.
                num_rows: rows of v, at least ceil(rank / rank_split) of every slot in tiles.
                rank_split: devices over which the rank rows are dealt (1 for o and down).
-               config: how the Triton kernel works, in place of the measured or heuristic choice.
-               interpret: run the Triton kernel in the interpreter, on any device.
+               config: how the kernel works, in place of the measured or heuristic choice.
+               interpret: run the kernel in the interpreter, on any device.
     Returns:   v: f32 `[T, len(modules), num_rows]`.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's A once: rank / rank_split * in elements a tile and module.
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
-    check_adapter_tables(slot_pages, segments)
+    check_adapter_tables(slot_pages, tiles)
     if x.ndim != 2 or x.shape[0] != tiles.row_order.shape[0]:
         raise ValueError(f"x has shape {x.shape}, but tiles order {tiles.row_order.shape[0]} rows")
     if implementation == "xla":
@@ -88,7 +86,6 @@ def lora_shrink(
             x,
             pool,
             slot_pages,
-            segments,
             layer,
             tiles,
             modules=modules,
@@ -96,9 +93,22 @@ def lora_shrink(
             rank_split=rank_split,
         )
     if implementation == "triton":
+        assert not isinstance(config, mosaic.Config)
         return triton.lora_shrink_triton(
             x,
-            adapter_arrays(pool, slot_pages, segments, layer, tiles),
+            adapter_arrays(pool, slot_pages, layer, tiles),
+            modules=modules,
+            num_rows=num_rows,
+            rank_split=rank_split,
+            block_rows=tiles.block_rows,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, triton.Config)
+        return mosaic.lora_shrink_mosaic(
+            x,
+            adapter_arrays(pool, slot_pages, layer, tiles),
             modules=modules,
             num_rows=num_rows,
             rank_split=rank_split,

@@ -1,4 +1,4 @@
-"""LoRA shrink in Pallas-Triton: one program a tile, module and block of rows of A."""
+"""LoRA shrink in Pallas-Triton: one program a tile, module and share of the rows of A."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
+from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import (
     MIN_DOT,
+    NUM_PROGRAMS,
     AdapterArrays,
     Ref,
     Segment,
     dot_f32,
+    find_rows,
+    for_each_tile,
     next_power_of_2,
-    read_chunks,
+    num_tile_programs,
+    read_rows,
     read_segment,
     read_tile_rows,
     select_static,
@@ -30,31 +35,34 @@ from pallas_kernels.tuning_table import shape_key, tuned
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How one program of the Triton kernel works; it owns one tile, module and block of ranks."""
+    """How one program of the Triton kernel works; it owns a tile, a module and a share of A."""
 
-    block_ranks: int  # rows of A
-    block_chunks: int  # chunks of each row in a step of the loop
-    matvec: bool  # row by row without tensor cores, for tiles of few rows
+    num_shares: int  # programs that divide the rows of a module's A evenly, whatever its rank
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    row_ranks: int = 2  # for a tile of one row: rows of A in a step
+    row_chunks: int = 32  # and chunks of each that are loaded at once
+    tile_ranks: int = 16  # for a tile of several rows: rows of A at once
+    tile_chunks: int = 1  # and chunks of each in a step
 
     @classmethod
-    def heuristic(cls, *, block_rows: int, num_rows: int) -> Config:
-        """A reasonable choice where nothing was measured."""
-        if block_rows <= 8:
-            return cls(block_ranks=8, block_chunks=4, matvec=True, num_warps=4, num_stages=3)
-        ranks = max(MIN_DOT, min(64, next_power_of_2(num_rows)))
-        return cls(block_ranks=ranks, block_chunks=1, matvec=False, num_warps=4, num_stages=4)
+    def heuristic(cls, *, num_tiles: int, block_rows: int, num_rows: int) -> Config:
+        """A reasonable choice where nothing was measured; num_tiles counts modules apart."""
+        if block_rows > 1:
+            return cls(num_shares=4, num_warps=4, num_stages=3)
+        # enough programs for every multiprocessor, if there is enough work
+        shares = min(max(4, next_power_of_2(NUM_PROGRAMS // num_tiles)), num_rows)
+        return cls(num_shares=shares, num_warps=4)
 
 
-class _Block(NamedTuple):
-    """What one program computes: rows `ranks` of A of one module, for the rows of one tile."""
+class _Share(NamedTuple):
+    """What one program computes of one tile: rows `[first, stop)` of A of one module."""
 
     tile: jax.Array
     place: jax.Array  # of the module, in v
     segment: Segment
-    ranks: jax.Array  # [block_ranks]
-    num_ranks: jax.Array  # rows of A on this device
+    first: jax.Array
+    stop: jax.Array
 
 
 def _kernel(
@@ -67,103 +75,181 @@ def _kernel(
     rank_split: int,
     block_rows: int,
 ) -> None:
-    tile, place, rank_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    share, place = pl.program_id(0), pl.program_id(1)
 
-    @pl.when(tile < adapters.num_tiles[0])
-    def _() -> None:
+    def shrink(tile: jax.Array) -> None:
+        # of a tile that is sure to be a row, x is on its way while the segment is
+        x_row = _load_row(x_ref, adapters, tile, config) if block_rows == 1 else None
         segment = read_segment(adapters, tile, select_static(modules, place))
         num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
-        first_rank = rank_block * config.block_ranks
+        share_ranks = pl.cdiv(num_ranks, config.num_shares)
+        first = share * share_ranks
+        stop = jnp.minimum(first + share_ranks, num_ranks)
+        block = _Share(tile, place, segment, first, stop)
 
-        @pl.when(first_rank < num_ranks)
+        @pl.when(first < stop)
         def _() -> None:
-            ranks = first_rank + jnp.arange(config.block_ranks, dtype=jnp.int32)
-            block = _Block(tile, place, segment, ranks, num_ranks)
-            if config.matvec:
-                _shrink_row_by_row(x_ref, adapters, v_ref, block, config.block_chunks)
-            else:
+            if x_row is not None:
+                _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
+                return
+            start = adapters.starts[tile]
+            num_tile_rows = adapters.starts[tile + 1] - start
+
+            @pl.when(num_tile_rows == 1)
+            def _() -> None:
+                x_row = _load_row(x_ref, adapters, start, config)
+                _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
+
+            @pl.when(num_tile_rows > 1)
+            def _() -> None:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
-                _shrink_tile(x_ref, adapters, v_ref, block, config.block_chunks, num_places)
+                _shrink_tile(x_ref, adapters, v_ref, block, config, num_places)
+
+    for_each_tile(adapters, shrink, block_rows=block_rows, axis=2)
 
 
-def _shrink_row_by_row(
-    x_ref: Ref, adapters: AdapterArrays, v_ref: Ref, block: _Block, block_chunks: int
-) -> None:
-    """Exact work for tiles of few rows: A comes from memory once, for later rows from the cache."""
+class _Row(NamedTuple):
+    """A tile's one row, in blocks of chunks."""
+
+    row: jax.Array
+    blocks: list[jax.Array]  # [block_chunks, 128]
+
+
+def _load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, config: Config) -> _Row:
     width = x_ref.shape[1]
-    row_chunks = chunks_per_row(width)
-    first_chunk = block.segment.a_chunk + block.ranks * row_chunks
-    is_rank = block.ranks < block.num_ranks
-    shape = (block.ranks.shape[0], block_chunks, CHUNK)
-    chunk_index = jnp.arange(block_chunks, dtype=jnp.int32)
-    column_index = jax.lax.broadcasted_iota(jnp.int32, shape[1:], 0) * CHUNK
-    column_index = column_index + jax.lax.broadcasted_iota(jnp.int32, shape[1:], 1)
+    row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
+    # a block of a row lies in two pages at most
+    block_chunks = min(
+        config.row_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
+    )
+    row = adapters.row_order[row_place]
+    column = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0) * CHUNK
+    column = column + jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)
+    blocks = []
+    for start in range(0, row_chunks, block_chunks):
+        mask = None
+        if (start + block_chunks) * CHUNK > width:
+            mask = start * CHUNK + column < width
+        index = (jnp.full_like(column, row), start * CHUNK + column)
+        x = pltriton.load(x_ref.at[index], mask=mask, other=None if mask is None else 0)
+        blocks.append(x)
+    return _Row(row, blocks)
 
-    def shrink_row(row_place: jax.Array, _: jax.Array) -> jax.Array:
-        row = adapters.row_order[row_place]
 
-        def add_chunks(step: jax.Array, product: jax.Array) -> jax.Array:
-            chunk = step * block_chunks + chunk_index
-            column = step * (block_chunks * CHUNK) + column_index
-            x = pltriton.load(
-                x_ref.at[jnp.full_like(column, row), column], mask=column < width, other=0
+def _shrink_row(
+    x_row: _Row, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config, width: int
+) -> None:
+    """The tile's one row: x stays in registers, rows of A stream past it."""
+    row, x_blocks = x_row
+    row_chunks, block_chunks = chunks_per_row(width), x_blocks[0].shape[0]
+    starts = range(0, row_chunks, block_chunks)
+
+    def shrink_ranks(step: jax.Array, _: jax.Array) -> jax.Array:
+        first_rank = share.first + step * config.row_ranks
+        rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
+        is_rank = rank < share.stop
+        first_chunk = share.segment.a_chunk + first_rank * row_chunks
+        index = jnp.arange(block_chunks, dtype=jnp.int32)
+        product = None
+        for start, x in zip(starts, x_blocks, strict=True):
+            rows = find_rows(
+                adapters,
+                share.segment.slot,
+                first_chunk + start,
+                row_chunks,
+                num_rows=config.row_ranks,
+                max_row_chunks=row_chunks,
             )
-            is_real = is_rank[:, None] & (chunk < row_chunks)[None, :]
-            a = read_chunks(
-                adapters, block.segment.slot, first_chunk[:, None] + chunk[None, :], is_real
-            )
-            return product + a.astype(jnp.float32) * x.astype(jnp.float32)[None]
-
-        num_steps = pl.cdiv(row_chunks, block_chunks)
-        product = jax.lax.fori_loop(0, num_steps, add_chunks, jnp.zeros(shape, jnp.float32))
-        shrunk = jnp.sum(jnp.sum(product, axis=2), axis=1)
-        out = v_ref.at[
-            jnp.full_like(block.ranks, row), jnp.full_like(block.ranks, block.place), block.ranks
-        ]
+            is_real = is_rank[:, None]
+            if start + block_chunks > row_chunks:
+                is_real = is_real & (index < row_chunks - start)[None, :]
+            a = read_rows(adapters, rows, index, is_real)
+            part = a.astype(jnp.float32) * x.astype(jnp.float32)[None]
+            product = part if product is None else product + part
+        assert product is not None
+        shrunk = jnp.sum(product.reshape(config.row_ranks, block_chunks * CHUNK), axis=1)
+        out = v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, share.place), rank]
         pltriton.store(out, shrunk, mask=is_rank)
         return _
 
-    jax.lax.fori_loop(
-        adapters.starts[block.tile], adapters.starts[block.tile + 1], shrink_row, jnp.int32(0)
-    )
+    num_steps = pl.cdiv(share.stop - share.first, config.row_ranks)
+    jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
 
 
 def _shrink_tile(
     x_ref: Ref,
     adapters: AdapterArrays,
     v_ref: Ref,
-    block: _Block,
-    block_chunks: int,
+    share: _Share,
+    config: Config,
     num_places: int,
 ) -> None:
     """All rows of the tile at once on the tensor cores, one chunk of the input after the other."""
     width = x_ref.shape[1]
-    row_chunks = chunks_per_row(width)
-    first_chunk = block.segment.a_chunk + block.ranks * row_chunks
-    is_rank = block.ranks < block.num_ranks
-    rows, is_row = read_tile_rows(adapters, block.tile, num_places)
+    row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
+    rows, is_row = read_tile_rows(adapters, share.tile, num_places)
     lane = jnp.arange(CHUNK, dtype=jnp.int32)
+    slot = share.segment.slot
 
-    def add_chunks(step: jax.Array, product: jax.Array) -> jax.Array:
-        for i in range(block_chunks):
-            chunk = step * block_chunks + i
-            column = chunk * CHUNK + lane
-            x = pltriton.load(
-                x_ref.at[rows[:, None], column[None, :]],
-                mask=is_row[:, None] & (column < width)[None, :],
-                other=0,
-            )
-            is_real = is_rank & (chunk < row_chunks)
-            a = read_chunks(adapters, block.segment.slot, first_chunk + chunk, is_real)
-            dtype = x.dtype if x.dtype == a.dtype else jnp.float32
-            product = product + dot_f32(x.astype(dtype), a.astype(dtype), trans_b=True)
-        return product
+    find = functools.partial(
+        find_rows,
+        row_chunks=row_chunks,
+        num_rows=config.tile_ranks,
+        max_row_chunks=row_chunks,
+    )
+    is_whole = row_chunks <= page_chunks  # then a row is found once for all its chunks
 
-    num_steps = pl.cdiv(row_chunks, block_chunks)
-    product = jnp.zeros((num_places, block.ranks.shape[0]), jnp.float32)
-    product = jax.lax.fori_loop(0, num_steps, add_chunks, product)
-    out = v_ref.at[rows[:, None], jnp.full((1, 1), block.place), block.ranks[None, :]]
-    pltriton.store(out, product, mask=is_row[:, None] & is_rank[None, :])
+    def shrink_ranks(rank_step: jax.Array, _: jax.Array) -> jax.Array:
+        first_rank = share.first + rank_step * config.tile_ranks
+        rank = first_rank + jnp.arange(config.tile_ranks, dtype=jnp.int32)
+        is_rank = rank < share.stop
+        first_chunk = share.segment.a_chunk + first_rank * row_chunks
+        whole_rows = find(adapters, slot, first_chunk) if is_whole else None
+
+        def add_chunks(step: jax.Array, product: jax.Array) -> jax.Array:
+            for i in range(config.tile_chunks):
+                chunk = step * config.tile_chunks + i
+                column = chunk * CHUNK + lane
+                x = pltriton.load(
+                    x_ref.at[rows[:, None], column[None, :]],
+                    mask=is_row[:, None] & (column < width)[None, :],
+                    other=0,
+                )
+                a_rows, at = whole_rows, chunk
+                if a_rows is None:
+                    a_rows, at = find(adapters, slot, first_chunk + chunk), jnp.int32(0)
+                a = read_rows(adapters, a_rows, at, is_rank & (chunk < row_chunks))
+                dtype = x.dtype if x.dtype == a.dtype else jnp.float32
+                product = product + dot_f32(x.astype(dtype), a.astype(dtype), trans_b=True)
+            return product
+
+        num_steps = -(-row_chunks // config.tile_chunks)
+        product = jnp.zeros((num_places, config.tile_ranks), jnp.float32)
+        product = jax.lax.fori_loop(0, num_steps, add_chunks, product)
+        out = v_ref.at[rows[:, None], jnp.full((1, 1), share.place), rank[None, :]]
+        pltriton.store(out, product, mask=is_row[:, None] & is_rank[None, :])
+        return _
+
+    num_steps = pl.cdiv(share.stop - share.first, config.tile_ranks)
+    jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
+
+
+def find_config(
+    tiles: AdapterArrays | LoraTiles,
+    *,
+    block_rows: int,
+    width: int,
+    num_modules: int,
+    num_rows: int,
+) -> tuple[str, Config]:
+    """The key of a shape in the tuning table, and the configuration for it."""
+    sizes = {
+        "num_tiles": num_tile_programs(tiles, block_rows) * num_modules,
+        "block_rows": block_rows,
+        "num_rows": num_rows,
+    }
+    key = shape_key(width=width, **sizes)
+    return key, tuned("lora_shrink", key, Config) or Config.heuristic(**sizes)
 
 
 def lora_shrink_triton(
@@ -180,9 +266,13 @@ def lora_shrink_triton(
     """`lora_shrink` in Pallas-Triton."""
     chunks_per_page(adapters.pool)  # or raises
     if config is None:
-        sizes = {"block_rows": block_rows, "num_rows": num_rows}
-        key = shape_key(width=x.shape[1], **sizes)
-        config = tuned("lora_shrink", key, Config) or Config.heuristic(**sizes)
+        _, config = find_config(
+            adapters,
+            block_rows=block_rows,
+            width=x.shape[1],
+            num_modules=len(modules),
+            num_rows=num_rows,
+        )
     kernel = functools.partial(
         _kernel, config=config, modules=modules, rank_split=rank_split, block_rows=block_rows
     )
@@ -190,7 +280,7 @@ def lora_shrink_triton(
         kernel,
         jax.ShapeDtypeStruct((x.shape[0], len(modules), num_rows), jnp.float32),
         name="lora_shrink",
-        grid=(adapters.slots.shape[0], len(modules), pl.cdiv(num_rows, config.block_ranks)),
+        grid=(config.num_shares, len(modules), num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import decode_attention_triton as decode_triton
+from pallas_kernels import ragged_attention_mosaic as ragged_mosaic
 from pallas_kernels import ragged_attention_triton as ragged_triton
 from pallas_kernels.attention_blocks import LOWEST, divide_seen
 from pallas_kernels.dispatch import unknown_implementation
@@ -93,14 +94,15 @@ def paged_decode_attention_reference(
 ) -> jax.Array:
     """The specification of `paged_decode_attention`: all rows at once."""
     out = _attend(
-        _grouped_queries(q, num_kv_heads, scale)[:, None],
+        _grouped_queries(q[: len(rows)], num_kv_heads, scale)[:, None],
         _as_kv_pages(pool, num_kv_heads, page_size, q.shape[2]),
         page_table[rows],
         (lengths - 1)[:, None],
         lengths,
         window,
     )
-    return out.reshape(q.shape).astype(q.dtype)
+    out = out.reshape(-1, *q.shape[1:]).astype(q.dtype)
+    return jnp.pad(out, ((0, len(q) - len(rows)), (0, 0), (0, 0)))
 
 
 def paged_ragged_attention_reference(
@@ -109,12 +111,14 @@ def paged_ragged_attention_reference(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
+    base: jax.Array | None = None,
     *,
     num_kv_heads: int,
     page_size: int,
     scale: float,
 ) -> jax.Array:
     """The specification of `paged_ragged_attention`: tile by tile."""
+    base = jnp.zeros_like(q) if base is None else base
     num_tokens, num_heads, head_dim = q.shape
     kv_pages = _as_kv_pages(pool, num_kv_heads, page_size, head_dim)
     grouped = _grouped_queries(q, num_kv_heads, scale)
@@ -133,7 +137,7 @@ def paged_ragged_attention_reference(
         attended = attended.reshape(tiles.block_q, num_heads, head_dim).astype(q.dtype)
         return out.at[tokens].set(attended, mode="drop")
 
-    out: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles[0], attend_tile, jnp.zeros_like(q))
+    out: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles[0], attend_tile, base)
     return out
 
 
@@ -165,13 +169,15 @@ def paged_decode_attention(
     Semantics: out[t] = softmax(scale * q[t] . k[p]) . v[p] over the positions p < lengths[t] with
                lengths[t] - 1 - p < window, found in pages page_table[rows[t], p // page_size].
     Args:      q: `[T, N, H]`. pool: `[num_pages, 2 * K * page_size * H]`.
-               page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[T]`; length 0
-               marks padding. window: i32 scalar.
-    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0.
+               page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[B]` of the first
+               B <= T tokens; length 0 marks padding. window: i32 scalar.
+    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0, undefined from token B on.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    Flash-Decoding (Dao et al., 2023); PagedAttention (arXiv:2309.06180).
     """
     _check_shapes(q, pool, num_kv_heads, page_size)
+    if rows.shape != lengths.shape or len(rows) > len(q):
+        raise ValueError(f"rows {rows.shape}, lengths {lengths.shape} and q {q.shape} disagree")
     if implementation == "xla":
         return paged_decode_attention_reference(
             q,
@@ -207,12 +213,13 @@ def paged_ragged_attention(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
+    base: jax.Array | None = None,
     *,
     num_kv_heads: int,
     page_size: int,
     scale: float,
     implementation: str,
-    config: ragged_triton.Config | None = None,
+    config: ragged_triton.Config | ragged_mosaic.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of tiles of query tokens over the pages of their sequences.
@@ -220,11 +227,14 @@ def paged_ragged_attention(
     Semantics: the token at place i of tile g has position P = position[g] + i and attends to the
                positions p <= P with P - p < window of sequence row[g].
     Args:      as `paged_decode_attention`; tiles say which tokens are of which sequence, and where.
-    Returns:   `[T, N, H]` of q's dtype; zeros for tokens in no tile.
+               base: `[T, N, H]` of q's dtype, what tokens in no tile get; None: zeros.
+    Returns:   `[T, N, H]` of q's dtype.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    FlashAttention-2 (arXiv:2307.08691); PagedAttention (arXiv:2309.06180).
     """
     _check_shapes(q, pool, num_kv_heads, page_size)
+    if base is not None and (base.shape, base.dtype) != (q.shape, q.dtype):
+        raise ValueError(f"base is {base.dtype} {base.shape}, but q is {q.dtype} {q.shape}")
     if implementation == "xla":
         return paged_ragged_attention_reference(
             q,
@@ -232,17 +242,35 @@ def paged_ragged_attention(
             page_table,
             tiles,
             window,
+            base,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
             scale=scale,
         )
     if implementation == "triton":
+        assert not isinstance(config, ragged_mosaic.Config)
         return ragged_triton.ragged_attention_triton(
             q,
             pool,
             page_table,
             tiles,
             window,
+            base,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            config=config,
+            interpret=interpret,
+        )
+    if implementation == "mosaic":
+        assert not isinstance(config, ragged_triton.Config)
+        return ragged_mosaic.ragged_attention_mosaic(
+            q,
+            pool,
+            page_table,
+            tiles,
+            window,
+            base,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
             scale=scale,

@@ -14,28 +14,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention_blocks import KvPages, Softmax
+from pallas_kernels.attention_blocks import (
+    KvPages,
+    Softmax,
+    attend_blocks,
+    whole_blocks,
+    window_blocks,
+)
 from pallas_kernels.tiles import QueryTiles
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
-MAX_QUERIES = 64  # rows of the product, block_q times the heads of a block; 128 measured slower
+MAX_QUERIES = 128  # rows of the product, block_q times the heads of a block
+STAGED_BYTES = 64 << 10  # of keys and values that a step of the loop brings to shared memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How the work is divided."""
+    """How the work is divided.
+
+    A unit is a kv head and a block of its query heads. `units_together` of them go through all
+    tiles before the next ones: many end together with the dearest tiles done first, few share the
+    keys and values that the cache holds.
+    """
 
     block_heads: int  # query heads of one kv head that share a program
+    units_together: int
     block_kv: int  # positions in a step of the loop
     num_warps: int
     num_stages: int
 
     @classmethod
-    def heuristic(cls, *, block_q: int, group: int) -> Config:
+    def heuristic(cls, *, block_q: int, group: int, position_bytes: int) -> Config:
         """A reasonable choice where nothing was measured."""
         heads = min(next_power_of_2(group), max(1, MAX_QUERIES // next_power_of_2(block_q)))
-        return cls(block_heads=heads, block_kv=64, num_warps=4, num_stages=2)
+        rows = next_power_of_2(block_q) * heads
+        return cls(
+            block_heads=heads,
+            units_together=32,
+            block_kv=min(max(64, rows), 128, STAGED_BYTES // position_bytes),
+            num_warps=8 if rows >= MAX_QUERIES else 4,
+            num_stages=3,
+        )
+
+
+def table_key(*, block_q: int, group: int, head_dim: int) -> str:
+    """Where the tuning table has this shape."""
+    return shape_key(block_q=block_q, group=group, head_dim=head_dim)
 
 
 def _kernel(
@@ -44,19 +69,24 @@ def _kernel(
     page_table_ref: Ref,
     tiles: QueryTiles,  # of references
     window_ref: Ref,
-    _: Ref,  # zeros that out starts from
+    _: Ref,  # what out starts from
     out_ref: Ref,
     *,
     config: Config,
     num_kv_heads: int,
     page_size: int,
     scale: float,
+    interpret: bool,
 ) -> None:
-    tile, kv_head, head_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    tile = pl.program_id(1)
+    unit = pl.program_id(2) * config.units_together + pl.program_id(0)
     _, num_heads, head_dim = q_ref.shape
     group = num_heads // num_kv_heads
+    head_blocks = pl.cdiv(group, config.block_heads)
+    kv_head = jax.lax.div(unit, jnp.int32(head_blocks))
+    head_block = jax.lax.rem(unit, jnp.int32(head_blocks))
 
-    @pl.when(tile < tiles.num_tiles[0])
+    @pl.when((tile < tiles.num_tiles[0]) & (kv_head < num_kv_heads))
     def attend_tile() -> None:
         start, length = tiles.q_start[tile], tiles.q_len[tile]
         first_position, window = tiles.position[tile], window_ref[0]
@@ -71,24 +101,33 @@ def _kernel(
         q = pltriton.load(q_ref.at[where], mask=mask, other=0)
         q_position = first_position + place
         end = first_position + length
-        begin = jnp.maximum(0, first_position - window + 1)
         pages = KvPages(
             pool_ref, page_table_ref, tiles.row[tile], kv_head, num_kv_heads, page_size, head_dim
         )
 
-        def attend_block(block: jax.Array, softmax: Softmax) -> Softmax:
-            position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
-            is_real = (position >= begin) & (position < end)
-            k, v = pages.load(0, position, is_real), pages.load(1, position, is_real)
-            distance = q_position[:, None] - position[None, :]
-            visible = (distance >= 0) & (distance < window) & is_real[None, :]
-            return softmax.attend(q, k, v, visible, scale)
+        def attend_block(block: jax.Array, softmax: Softmax, is_edge: bool) -> Softmax:
+            written, visible = (end, None) if is_edge else (None, None)
+            if is_edge:
+                position = block * config.block_kv + jnp.arange(config.block_kv, dtype=jnp.int32)
+                distance = q_position[:, None] - position[None, :]
+                # as unsigned numbers: a negative distance is beyond every window
+                visible = distance.astype(jnp.uint32) < window.astype(jnp.uint32)
+            return softmax.attend(
+                q,
+                pages.load(0, block, config.block_kv, written),
+                lambda: pages.load(1, block, config.block_kv, written),
+                visible,
+                scale=scale,
+                interpret=interpret,
+            )
 
-        softmax = jax.lax.fori_loop(
-            jax.lax.div(begin, jnp.int32(config.block_kv)),
-            pl.cdiv(end, config.block_kv),
+        seen_by_any = (jnp.maximum(0, first_position - window + 1), end)
+        seen_by_all = (jnp.maximum(0, end - window), first_position + 1)
+        softmax = attend_blocks(
             attend_block,
             Softmax.empty(num_queries, head_dim),
+            window_blocks(*seen_by_any, config.block_kv),
+            whole_blocks(*seen_by_all, config.block_kv),
         )
         pltriton.store(out_ref.at[where], softmax.normalised().astype(out_ref.dtype), mask=mask)
 
@@ -99,6 +138,7 @@ def ragged_attention_triton(
     page_table: jax.Array,
     tiles: QueryTiles,
     window: jax.Array,
+    base: jax.Array | None,
     *,
     num_kv_heads: int,
     page_size: int,
@@ -109,21 +149,29 @@ def ragged_attention_triton(
     """`paged_ragged_attention` in Pallas-Triton."""
     group = q.shape[1] // num_kv_heads
     if config is None:
-        key = shape_key(block_q=tiles.block_q, group=group, head_dim=q.shape[2])
+        key = table_key(block_q=tiles.block_q, group=group, head_dim=q.shape[2])
         config = tuned("paged_ragged_attention", key, Config) or Config.heuristic(
-            block_q=tiles.block_q, group=group
+            block_q=tiles.block_q,
+            group=group,
+            position_bytes=2 * next_power_of_2(q.shape[2]) * pool.dtype.itemsize,
         )
+    num_units = num_kv_heads * pl.cdiv(group, config.block_heads)
     inputs = (q, pool, page_table, tiles, jnp.asarray(window, jnp.int32).reshape(1))
     out: jax.Array = triton_call(
         functools.partial(
-            _kernel, config=config, num_kv_heads=num_kv_heads, page_size=page_size, scale=scale
+            _kernel,
+            config=config,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            scale=scale,
+            interpret=interpret,
         ),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="paged_ragged_attention",
-        grid=(tiles.row.shape[0], num_kv_heads, pl.cdiv(group, config.block_heads)),
+        grid=(config.units_together, len(tiles.row), pl.cdiv(num_units, config.units_together)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
         aliases={len(jax.tree.leaves(inputs)): 0},
-    )(*inputs, jnp.zeros_like(q))
+    )(*inputs, jnp.zeros_like(q) if base is None else base)
     return out

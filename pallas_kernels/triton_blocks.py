@@ -18,6 +18,8 @@ from jax.experimental.pallas import triton as pltriton
 from pallas_kernels.adapter_layout import CHUNK, KIND_LORA
 from pallas_kernels.tiles import LoraTiles
 
+NUM_PROGRAMS = 768  # enough for the 132 multiprocessors of an H200
+MIN_TILE_PROGRAMS = 128  # a row each of a batch that decodes beside a prefill
 MIN_DOT = 16  # rows and depth of the smallest tensor-core product
 Ref = Any  # Pallas has no public type for the references that a kernel gets
 
@@ -70,7 +72,6 @@ class AdapterArrays(NamedTuple):
 def adapter_arrays(
     pool: jax.Array,
     slot_pages: jax.Array,
-    segments: jax.Array,
     layer: jax.Array,
     tiles: LoraTiles,
 ) -> AdapterArrays:
@@ -78,7 +79,7 @@ def adapter_arrays(
     return AdapterArrays(
         pool=pool,
         slot_pages=slot_pages,
-        segments=segments,
+        segments=tiles.segments,
         layer=jnp.asarray(layer, jnp.int32).reshape(1),
         row_order=tiles.row_order,
         starts=tiles.starts,
@@ -88,7 +89,7 @@ def adapter_arrays(
 
 
 class Segment(NamedTuple):
-    """One module of one slot in the layer at hand: i32 scalars inside a kernel."""
+    """One module of one tile's slot in the layer at hand: i32 scalars inside a kernel."""
 
     slot: jax.Array
     a_chunk: jax.Array
@@ -98,9 +99,9 @@ class Segment(NamedTuple):
 
 def read_segment(adapters: AdapterArrays, tile: jax.Array, module: jax.Array) -> Segment:
     """The segment that `tile` uses of `module`."""
-    slot, layer = adapters.slots[tile], adapters.layer[0]
-    kind, a_chunk, b_chunk, rank = (adapters.segments[layer, slot, module, i] for i in range(4))
-    return Segment(slot, a_chunk, b_chunk, jnp.where(kind == KIND_LORA, rank, 0))
+    layer = adapters.layer[0]
+    kind, a_chunk, b_chunk, rank = (adapters.segments[layer, tile, module, i] for i in range(4))
+    return Segment(adapters.slots[tile], a_chunk, b_chunk, jnp.where(kind == KIND_LORA, rank, 0))
 
 
 def read_tile_rows(
@@ -117,27 +118,114 @@ def read_tile_rows(
     return pltriton.load(adapters.row_order.at[place], mask=is_row, other=num_tokens), is_row
 
 
-def read_chunks(
-    adapters: AdapterArrays, slot: jax.Array, chunk: jax.Array, is_real: jax.Array
-) -> jax.Array:
-    """Chunks `[..., 128]` of a slot by their numbers in its run; zeros where not `is_real`.
+class Rows(NamedTuple):
+    """Where parts of successive rows of A or B lie: in runs of chunks no longer than a page.
 
-    Every chunk finds its own page, so that a row may straddle pages anywhere.
+    Such a run lies in two pages at most. One run holds the parts of all rows if that is sure to
+    fit, which saves a look-up a row; else each row has a run of its own.
+    """
+
+    page: jax.Array  # where the run starts; a scalar or [n]
+    next_page: jax.Array
+    first: jax.Array  # the run's first chunk, counted in `page`
+    offset: jax.Array  # [n] chunks from the run's start to the row's part
+
+
+def find_rows(
+    adapters: AdapterArrays,
+    slot: jax.Array,
+    first_chunk: jax.Array,
+    row_chunks: jax.Array | int,
+    *,
+    num_rows: int,
+    max_row_chunks: int,
+) -> Rows:
+    """The parts of `num_rows` rows that start every `row_chunks` chunks from `first_chunk` on."""
+    page_chunks = adapters.pool.shape[1] // CHUNK
+    last_place = adapters.slot_pages.shape[1] - 1
+    offset = jnp.arange(num_rows, dtype=jnp.int32) * row_chunks
+    if num_rows * max_row_chunks > page_chunks:
+        first_chunk, offset = first_chunk + offset, jnp.zeros_like(offset)
+    place = jax.lax.div(first_chunk, jnp.int32(page_chunks))
+
+    def read(place: jax.Array) -> jax.Array:
+        place = jnp.minimum(place, last_place)  # rows past the rank may lie beyond the last page
+        page: jax.Array = adapters.slot_pages[jnp.full_like(place, slot), place]
+        return page
+
+    first = jax.lax.rem(first_chunk, jnp.int32(page_chunks))
+    return Rows(read(place), read(place + 1), first, offset)
+
+
+def read_rows(
+    adapters: AdapterArrays,
+    rows: Rows,
+    chunk: jax.Array,
+    is_real: jax.Array,
+    lane: jax.Array | None = None,
+) -> jax.Array:
+    """Chunks `chunk [...]` of each part, `[n, ..., 128]`; zeros where not `is_real [n, ...]`.
+
+    With `lane [w]` only these elements of each chunk, `[n, ..., w]`.
     """
     page_chunks = jnp.int32(adapters.pool.shape[1] // CHUNK)
-    place = jax.lax.div(chunk, page_chunks)
-    page = pltriton.load(
-        adapters.slot_pages.at[jnp.full_like(place, slot), place], mask=is_real, other=0
-    )
-    shape = (*chunk.shape, CHUNK)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, chunk.ndim)
-    first = jax.lax.rem(chunk, page_chunks) * CHUNK
+
+    def spread(field: jax.Array) -> jax.Array:
+        return field.reshape(-1, *(1,) * chunk.ndim) if field.ndim else field
+
+    at = spread(rows.offset) + chunk[None] + spread(rows.first)
+    is_first = at < page_chunks
+    page = jnp.where(is_first, spread(rows.page), spread(rows.next_page))
+    at = jnp.where(is_first, at, at - page_chunks)
+    lane = jnp.arange(CHUNK, dtype=jnp.int32) if lane is None else lane
+    shape = (*at.shape, lane.shape[0])
+    lane = jax.lax.broadcast_in_dim(lane, shape, (at.ndim,))
+    is_real = jnp.broadcast_to(is_real, at.shape)
     chunks: jax.Array = pltriton.load(
-        adapters.pool.at[page[..., None], first[..., None] + lane],
+        adapters.pool.at[page[..., None], (at * CHUNK)[..., None] + lane],
         mask=jnp.broadcast_to(is_real[..., None], shape),
         other=0,
     )
     return chunks
+
+
+def num_tile_programs(tiles: AdapterArrays | LoraTiles, block_rows: int) -> int:
+    """Programs along the axis of tiles: each takes every n-th tile.
+
+    Tiles are rarely as many as there may be, and even a program without one takes its time.
+    """
+    capacity: int = tiles.slots.shape[0]
+    num_tokens: int = tiles.row_order.shape[0]
+    return (
+        capacity
+        if block_rows == 1
+        else min(capacity, max(MIN_TILE_PROGRAMS, 2 * -(-num_tokens // block_rows)))
+    )
+
+
+def for_each_tile(
+    adapters: AdapterArrays,
+    body: Callable[[jax.Array], None],
+    *,
+    block_rows: int,
+    axis: int,
+) -> None:
+    """Run `body` for the tiles of this program.
+
+    Tiles of one row have a program each, and a padding tile ends by its slot, whose rank is 0: no
+    load of `num_tiles` delays the others.
+    """
+    tile, stride = pl.program_id(axis), num_tile_programs(adapters, block_rows)
+    if stride == adapters.slots.shape[0]:
+        body(tile)
+        return
+
+    def step(i: jax.Array, _: jax.Array) -> jax.Array:
+        body(tile + i * stride)
+        return _
+
+    num_steps = jax.lax.div(adapters.num_tiles[0] - tile + (stride - 1), jnp.int32(stride))
+    jax.lax.fori_loop(0, num_steps, step, jnp.int32(0))
 
 
 def select_static(values: Sequence[int], index: jax.Array) -> jax.Array:

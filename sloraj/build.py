@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.hf_config import read_generation_defaults, read_model_config
@@ -22,9 +24,9 @@ from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import ModelConfig
 from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import read_adapter
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
-from sloraj.adapters.layout import max_adapter_pages, pack_adapter
+from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
 from sloraj.adapters.sources import DEFAULT_MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
@@ -33,6 +35,7 @@ from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
 from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
@@ -40,15 +43,16 @@ from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
 from sloraj.runner.lora_variants import MODULES
-from sloraj.runner.memory import MARGIN_BYTES, MemoryPlan, plan_memory
+from sloraj.runner.memory import ITEMSIZE, MARGIN_BYTES, MemoryPlan, plan_memory
 from sloraj.runner.state import RunnerConfig
 
-MakeLoader = Callable[[ModelConfig, PoolLayout, int], LoadFunction]
+MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
 log = logging.getLogger("sloraj")
 
-BLOCK_Q = {"xla": 16, "triton": 64}
+BLOCK_Q = {"xla": 16, "triton": 128, "mosaic": 128}
 # On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
 LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
+INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
@@ -76,7 +80,9 @@ def build_core(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, ends, layers, on_progress,
     )  # fmt: skip
-    load = (make_loader or adapter_loader)(model_config, layout, scheduler_config.max_rank)
+    load = (make_loader or adapter_loader)(
+        model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate
+    )
     core = EngineCore(scheduler_config, runner, load)
     core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
@@ -85,6 +91,7 @@ def build_core(
         "generation_defaults": read_generation_defaults(config.model),
         "startup_s": time.monotonic() - started,
     }
+    gc.collect()  # now, and not in a step: walking what tracing leaves takes tens of milliseconds
     log.info("ready in %.1f s, of which %.1f s for the weights", info["startup_s"], loaded_s)
     return core, info
 
@@ -95,13 +102,15 @@ def _load(
     assert config.dtype is not None
     jnp_dtype = jnp.dtype(config.dtype)
     if config.random_weights:
-        return random_parameters(model, mesh, jnp_dtype, config.seed)
+        return random_parameters(model, mesh, jnp_dtype, config.seed, config.quantization)
     if is_converted(config.model):
-        restored = convert.restore(config.model, model, mesh, jnp_dtype)
+        ends, layers = convert.restore(config.model, model, mesh, jnp_dtype)
+        if config.quantization is not None:
+            layers = [quantize_layer(layer, config.quantization) for layer in layers]
         on_progress("weights", 1, 1)
-        return restored
+        return ends, layers
     with open_weights(config.model, model) as weights:
-        return load_parameters(weights, model, mesh, jnp_dtype, on_progress)
+        return load_parameters(weights, model, mesh, jnp_dtype, on_progress, config.quantization)
 
 
 def build_runner(
@@ -125,7 +134,17 @@ def build_runner(
     tp = mesh.size
     device = mesh.devices.flat[0]
     try:
-        kernels = resolve_implementation(config.kernels, device.platform)
+        kernels = resolve_kernels(
+            config.kernels,
+            platform=device.platform,
+            device_kind=device.device_kind,
+            shape=KernelShape(
+                head_dim=model_config.head_dim,
+                page_size=config.page_size,
+                dtype=dtype,
+                lora_widths=lora_widths(model_config, tp),
+            ),
+        )
     except ValueError as error:
         raise ConfigError(f"kernels: {error}", param="kernels") from error
     layout = PoolLayout(
@@ -149,13 +168,19 @@ def build_runner(
     )
     num_tokens = config.page_size if is_bounded else context
     min_pages = 1 + div_ceil(num_tokens, config.page_size) + adapter_pages
-    plan = _plan(config, model_config, layout, device, weight_bytes, min_pages)
+    plan = _plan(config, model_config, layout, device, weight_bytes, min_pages, adapter_pages)
     max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
     log.info("%s", plan)
-    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, BLOCK_Q[kernels])
+    block_q = BLOCK_Q[kernels.ragged_attention]
+    buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
     buckets = dataclasses.replace(buckets, lora_variants=LORA_VARIANTS[device.platform])
     spec = StepSpec(
-        config=model_config, tp=tp, page_size=config.page_size, max_rank=max_rank, kernels=kernels
+        config=model_config,
+        tp=tp,
+        page_size=config.page_size,
+        max_rank=max_rank,
+        kernels=kernels,
+        quantization=config.quantization,
     )
     runner = DeviceRunner(
         abstract_model(spec, jnp.dtype(dtype)),
@@ -191,6 +216,8 @@ def build_runner(
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
         host_adapter_bytes=config.host_adapter_bytes,
+        token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
+        install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
     )
     info = {
         "max_model_len": max_model_len,
@@ -199,13 +226,25 @@ def build_runner(
         "bos_token_id": model_config.bos_token_id,
         "max_rank": max_rank,
         "dtype": dtype,
-        "kernels": kernels,
+        "kernels": str(kernels),
+        "quantization": config.quantization,
         "device": device.device_kind,
         "num_pages": plan.num_pages,
         "page_size": config.page_size,
         "num_programs": runner.num_programs,
     }
     return runner, scheduler_config, layout, info
+
+
+def lora_widths(model: ModelConfig, tp: int) -> tuple[int, ...]:
+    """The widths of inputs and outputs of adapted modules, on one device."""
+    return (
+        model.hidden_size,
+        model.hidden_size // tp,
+        model.num_heads * model.head_dim // tp,
+        local_kv_heads(model, tp) * model.head_dim,
+        model.intermediate_size // tp,
+    )
 
 
 def _names(buckets: Buckets) -> str:
@@ -219,33 +258,44 @@ def _plan(
     device: jax.Device,
     weight_bytes: int,
     min_pages: int,
+    adapter_pages: int,
 ) -> MemoryPlan:
     memory = (device.memory_stats() or {}) if device.platform != "cpu" else {}
     return plan_memory(
         layout,
         limit_bytes=memory.get("bytes_limit"),
         in_use_bytes=memory.get("bytes_in_use", weight_bytes),
-        workspace_bytes=_workspace_bytes(config, model, layout) if memory else 0,
+        workspace_bytes=_workspace_bytes(config, model, layout, adapter_pages) if memory else 0,
         pool_bytes=config.pool_bytes,
         min_pages=min_pages,
     )
 
 
-def _workspace_bytes(config: EngineConfig, model: ModelConfig, layout: PoolLayout) -> int:
-    """What the largest programs hold at once: activations, f32 logits and their filtered copies."""
+def _workspace_bytes(
+    config: EngineConfig, model: ModelConfig, layout: PoolLayout, adapter_pages: int
+) -> int:
+    """What the largest programs hold at once: activations, f32 logits and their filtered copies.
+
+    Beside them lie the adapter pages of two steps: those being installed, and those on their way.
+    """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     assert rows is not None and tokens is not None
     activations = tokens * (8 * model.hidden_size + 4 * model.intermediate_size // layout.tp)
     logits = rows * model.vocab_size
     counts = (rows + 1) * model.vocab_size
-    return activations * 4 + logits * 4 * 6 + counts * 5 + MARGIN_BYTES
+    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+    staging = 2 * max(INSTALL_BYTES_PER_STEP, adapter_pages * page_bytes)
+    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + MARGIN_BYTES
 
 
-def adapter_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
-    """Reads a PEFT directory and packs it for the pool."""
+def adapter_loader(
+    model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
+) -> LoadFunction:
+    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes."""
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
         weights = read_adapter(path, model, max_rank=max_rank)
-        return pack_adapter(weights, layout, model), {"rank": weights.max_rank, "path": path}
+        packed = pack_adapter(weights, layout, model, allocate)
+        return packed, {"rank": weights.max_rank, "path": path}
 
     return load

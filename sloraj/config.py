@@ -24,6 +24,7 @@ class EngineConfig:
     adapters: tuple[tuple[str, str], ...] = ()  # (adapter_id, path), loaded before readiness
     adapters_dir: str | None = None  # every sub-directory with an adapter_config.json
     dtype: str | None = None  # None: bfloat16 on a GPU, float32 on CPU
+    quantization: str | None = None  # linear weights in a byte: "int8", "fp8"; None: as dtype
     tensor_parallel_size: int = 1
     page_size: int = 16  # tokens a KV page
     pool_bytes: int | None = None  # per device; None: what is left on a GPU, 256 MiB on CPU
@@ -34,7 +35,7 @@ class EngineConfig:
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
     host_adapter_bytes: int | None = None  # None: no limit
-    kernels: str | None = None  # "xla", "triton"; None: triton on a GPU, xla on CPU
+    kernels: str | None = None  # "xla", "triton", "mosaic"; None: the best known of each op
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
     random_weights: bool = False  # benchmarks: only config.json is read
@@ -55,9 +56,15 @@ class EngineConfig:
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
             raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
-        if self.kernels not in (None, "xla", "triton"):
+        if self.kernels not in (None, "xla", "triton", "mosaic"):
             raise ConfigError(
-                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton'", param="kernels"
+                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
+                param="kernels",
+            )
+        if self.quantization not in (None, "int8", "fp8"):
+            raise ConfigError(
+                f"quantization: got {self.quantization!r}, allowed: 'int8', 'fp8', or none",
+                param="quantization",
             )
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(
@@ -121,4 +128,5 @@ class SchedulerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     host_adapter_bytes: int | None = None
+    token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind

@@ -25,7 +25,7 @@ from sloraj.adapters.loader import AdapterLoader, LoadDone, LoadFunction
 from sloraj.adapters.registry import AdapterRegistry, Registration
 from sloraj.adapters.residency import Residency
 from sloraj.admission import make_sequences
-from sloraj.batch import Runner, ScheduledBatch, TokenLogprobs
+from sloraj.batch import Runner, TokenLogprobs
 from sloraj.config import SchedulerConfig
 from sloraj.errors import (
     EngineUnavailable,
@@ -54,7 +54,7 @@ from sloraj.messages import (
 )
 from sloraj.pages import PagePool
 from sloraj.request import Sequence
-from sloraj.scheduler import NEEDS_DRAIN, Scheduler, TokenEvent
+from sloraj.scheduler import Scheduler, TokenEvent
 
 HEARTBEAT_S = 1.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
@@ -193,11 +193,8 @@ class EngineCore:
 
     def _advance(self) -> None:
         batch = self._scheduler.schedule()
-        if batch is NEEDS_DRAIN:
-            self._read_enqueued()
-            batch = self._scheduler.schedule()
         handle = None
-        if isinstance(batch, ScheduledBatch):
+        if batch is not None:
             handle = self._runner.execute(batch)
         elif self._enqueued is None and not self._scheduler.is_idle:
             raise InternalError("sequences wait, nothing runs, and none can be scheduled")

@@ -7,6 +7,7 @@ closes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -43,6 +44,7 @@ def main(fd: int) -> int:
             spec.config,
             lambda stage, done, total: writer.put([Progress(stage=stage, done=done, total=total)]),
         )
+        gc.freeze()  # all of it lives as long as the process, and no collection need walk it
         reader.attach(core)
         writer.put([Ready(info=info)])
         core.run(writer.put)

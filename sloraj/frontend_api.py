@@ -34,6 +34,7 @@ class ModelInfo:
     page_size: int
     num_programs: int
     startup_s: float
+    quantization: str | None = None  # of the linear weights
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -6,17 +6,18 @@ known tokens fit; none overtakes the one that waits longest. When the pool is fu
 first, then the newest running sequence: it gives all back and later computes its tokens again. So
 the oldest one always advances.
 
-The host runs one step ahead of the tokens it has read: `schedule` may count on a token that an
-enqueued step samples, but cannot give that sequence's pages away, and answers NEEDS_DRAIN when it
-would have to.
+The host runs one step ahead of the tokens it has read: `schedule` counts on a token that an
+enqueued step samples. A sequence that is preempted with such a token in flight waits until it has
+been read; one whose last token is in flight makes room at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
+import itertools
 from collections import deque
-from typing import Final, Literal
+
+import msgspec
 
 from sloraj.adapters.host_store import AdapterVersion, HostStore
 from sloraj.adapters.residency import Residency
@@ -32,20 +33,12 @@ from sloraj.config import SchedulerConfig, div_ceil
 from sloraj.errors import InternalError
 from sloraj.pages import PagePool
 from sloraj.request import Sequence, SequenceState
+from sloraj.token_budget import cut_to_bucket
+
+PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
-class Marker(enum.Enum):
-    """Answers of `schedule` that are not a batch."""
-
-    NEEDS_DRAIN = "collect the enqueued step, update, and schedule again"
-
-
-NEEDS_DRAIN: Final = Marker.NEEDS_DRAIN
-NeedsDrain = Literal[Marker.NEEDS_DRAIN]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     """What one sampled token means for its sequence. `token_id` None: it is not to be shown."""
 
     sequence: Sequence
@@ -60,18 +53,18 @@ class TokenEvent:
 class _Chunk:
     sequence: Sequence
     num_tokens: int
-    num_old_pages: int  # that the sequence had before this pass
     is_reset: bool
 
 
 @dataclasses.dataclass(slots=True)
 class _Plan:
-    """One scheduling pass. Nothing but page lists is changed before the plan is committed."""
+    """One scheduling pass."""
 
     budget: int  # tokens left
     chunks: list[_Chunk] = dataclasses.field(default_factory=list)
     installs: list[AdapterInstall] = dataclasses.field(default_factory=list)
-    num_install_pages: int = 0
+    sends: list[AdapterInstall] = dataclasses.field(default_factory=list)
+    num_install_pages: int = 0  # of both
 
     def add(self, chunk: _Chunk) -> None:
         self.chunks.append(chunk)
@@ -91,6 +84,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first, all newer than those running
         self._running: list[Sequence] = []  # oldest first
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._sent: list[AdapterInstall] = []  # by the last step, for the next one to install
         self._num_enqueued = 0  # steps scheduled and not yet given to `update`
         self.num_steps = 0
         self.num_preemptions = 0
@@ -126,59 +120,101 @@ class Scheduler:
 
     # --- schedule ---
 
-    def schedule(self) -> ScheduledBatch | NeedsDrain | None:
+    def schedule(self) -> ScheduledBatch | None:
         """The next step; None if there is nothing to compute before an enqueued step is read."""
-        plan = _Plan(self._config.max_num_batched_tokens)
-        if not self._plan_running(plan):
-            self._roll_back(plan)
-            return NEEDS_DRAIN
+        decoding, prefilling = self._wanting()
+        plan = _Plan(self._token_budget(len(decoding), prefilling))
+        self._plan_running(plan, decoding + prefilling)
         self._plan_waiting(plan)
-        return self._commit(plan) if plan.chunks else None
+        if not plan.chunks:
+            return None
+        self._plan_sends(plan)
+        return self._commit(plan)
 
-    def _plan_running(self, plan: _Plan) -> bool:
-        """Plan the running sequences, decoding ones first. False: a drain is needed.
+    def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that want one token (they decode), and those that want more.
+
+        Those that want none give back what they hold.
+        """
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        ending: list[Sequence] = []
+        for sequence in self._running:
+            num_outputs = len(sequence.output_token_ids) + sequence.num_in_flight
+            if num_outputs >= sequence.max_output_tokens:
+                ending.append(sequence)
+            elif sequence.num_prompt_tokens + num_outputs == sequence.num_computed_tokens + 1:
+                decoding.append(sequence)
+            else:
+                prefilling.append(sequence)
+        for sequence in ending:  # the step that computes its last token is enqueued
+            self._vacate(sequence)
+            sequence.state = SequenceState.ENDING
+        return decoding, prefilling
+
+    def _token_budget(self, num_decoding: int, prefilling: list[Sequence]) -> int:
+        """Tokens to compute in this step: all that are wanted and may be, or fewer: see there."""
+        limit = self._config.max_num_batched_tokens
+        wanted = num_decoding + sum(map(_num_missing_tokens, prefilling))
+        for sequence in itertools.islice(self._waiting, len(self._free_rows)):
+            if wanted >= limit:
+                break
+            wanted += sequence.num_tokens
+        return cut_to_bucket(num_decoding, min(wanted, limit), self._config.token_buckets)
+
+    def _plan_running(self, plan: _Plan, wanting: list[Sequence]) -> None:
+        """Plan what running sequences want, decoding ones first.
 
         Only decoding ones want pages (admission gives those of all known tokens), and they come
         oldest first: so none that is planned here is preempted afterwards.
         """
-        ready = [s for s in self._running if _wants_tokens(s)]
-        decoding = [s for s in ready if _num_missing_tokens(s) == 1]
-        prefilling = [s for s in ready if _num_missing_tokens(s) > 1]
-        for sequence in decoding + prefilling:
+        for sequence in wanting:
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
-            num_old_pages = len(sequence.pages)
-            if not self._extend(sequence, sequence.num_computed_tokens + num_tokens):
-                return False
+            self._extend(sequence, sequence.num_computed_tokens + num_tokens)
             if sequence.state is SequenceState.RUNNING:
-                plan.add(_Chunk(sequence, num_tokens, num_old_pages, is_reset=False))
-        return True
+                plan.add(_Chunk(sequence, num_tokens, is_reset=False))
 
-    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _extend(self, sequence: Sequence, num_tokens: int) -> None:
         """Pages for the first `num_tokens` tokens; the newest sequences, or it, may have to go."""
         missing = self.num_pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
-            return True
+            return
         while not self._residency.evict_for(missing):
-            if self._num_enqueued:
-                return False
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
-                return True  # all others are older, and keep what they have
+                return  # all others are older, and keep what they have
         sequence.pages += self._allocate(sequence, missing)
-        return True
 
     def _plan_waiting(self, plan: _Plan) -> None:
         while self._waiting and self._free_rows and plan.budget:
             sequence = self._waiting[0]
-            if not self._admit(sequence, plan):
+            if sequence.num_in_flight or not self._admit(sequence, plan):
                 break
             self._waiting.popleft()
             self._running.append(sequence)
             num_tokens = min(_num_missing_tokens(sequence), plan.budget)
-            plan.add(_Chunk(sequence, num_tokens, num_old_pages=0, is_reset=True))
+            plan.add(_Chunk(sequence, num_tokens, is_reset=True))
+
+    def _plan_sends(self, plan: _Plan) -> None:
+        """Bring the adapters of those that wait longest: their bytes go beside this step's work."""
+        window = list(itertools.islice(self._waiting, PREFETCH_SEQUENCES))
+        keep = {s.version_id for s in window if s.version_id is not None}
+        for sequence in window:
+            version = self._version_of(sequence)
+            if version is None or self._residency.is_resident(version.version_id):
+                continue
+            total = plan.num_install_pages + version.num_pages
+            if plan.num_install_pages and total > self._config.install_pages_per_step:
+                break
+            # Pages that running sequences will soon want are not worth taking.
+            install = self._residency.prefetch(version, 2 * len(self._running), keep)
+            if install is None:
+                break
+            plan.sends.append(install)
+            plan.num_install_pages = total
 
     def _admit(self, sequence: Sequence, plan: _Plan) -> bool:
         """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""
@@ -208,7 +244,8 @@ class Scheduler:
         rows = tuple(self._commit_row(chunk) for chunk in chunks)
         self.num_steps += 1
         self._num_enqueued += 1
-        return ScheduledBatch(self.num_steps, rows, tuple(plan.installs))
+        installs, self._sent = (*self._sent, *plan.installs), plan.sends
+        return ScheduledBatch(self.num_steps, rows, installs, tuple(plan.sends))
 
     def _commit_row(self, chunk: _Chunk) -> ScheduledRow:
         sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
@@ -229,12 +266,6 @@ class Scheduler:
         sequence.num_in_flight += row.samples
         self.num_computed_tokens += chunk.num_tokens
         return row
-
-    def _roll_back(self, plan: _Plan) -> None:
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self._pool.free(sequence.pages[chunk.num_old_pages :], sequence.tag)
-            del sequence.pages[chunk.num_old_pages :]
 
     # --- update ---
 
@@ -276,9 +307,10 @@ class Scheduler:
         return pages
 
     def _preempt(self, victim: Sequence) -> None:
-        """Back to the head of the queue, with nothing; only while no step is enqueued.
+        """Back to the head of the queue, with nothing.
 
-        It cannot come back in the same pass: at least one of its pages has gone to an older one.
+        An enqueued step may still read and write its pages: it ends before any that is enqueued
+        later.
         """
         self._vacate(victim)
         victim.state = SequenceState.WAITING
@@ -331,8 +363,3 @@ class Scheduler:
 def _num_missing_tokens(sequence: Sequence) -> int:
     """Tokens without KV, the one in flight included."""
     return sequence.num_tokens - sequence.num_computed_tokens
-
-
-def _wants_tokens(sequence: Sequence) -> bool:
-    """Whether another token may be sampled after the one in flight."""
-    return len(sequence.output_token_ids) + sequence.num_in_flight < sequence.max_output_tokens

@@ -6,7 +6,7 @@ Letters: L layers, N pages of the version, D devices (tp), E elements a page and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -24,6 +24,7 @@ COLUMN_MODULES = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"
 KV_MODULES = frozenset({"k_proj", "v_proj"})
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 
 
 class LoraModuleLike(Protocol):
@@ -110,49 +111,70 @@ def max_adapter_pages(layout: PoolLayout, config: ModelConfig, max_rank: int) ->
 
 
 def pack_adapter(
-    weights: AdapterWeightsLike, layout: PoolLayout, config: ModelConfig
+    weights: AdapterWeightsLike,
+    layout: PoolLayout,
+    config: ModelConfig,
+    allocate: Allocate = np.empty,
 ) -> PackedAdapter:
     """Lay an adapter out for the pool: pages `[N, L, D * E]` in the pool dtype, and its segments.
 
     `scaling` is multiplied into B in float32 before the one cast to the pool dtype; B is stored
-    rank-major. Modules and layers that the adapter lacks have segments of kind 0.
+    rank-major. Modules and layers that the adapter lacks have segments of kind 0. `allocate(shape,
+    dtype)` makes the array of pages, which is written once.
 
     Raises AdapterLoadError if values overflow that dtype.
     """
     ranks = {key: module.rank for key, module in weights.modules.items()}
     num_pages = num_adapter_pages(ranks, layout, config)
-    tp, dtype = layout.tp, pool_dtype(layout)
-    runs = np.zeros((layout.num_layers, tp, num_pages * layout.page_elems), dtype)
+    tp, size, dtype = layout.tp, layout.page_elems, pool_dtype(layout)
+    pages = allocate((num_pages, layout.num_layers, tp * size), dtype)
     segments = np.zeros((layout.num_layers, len(TARGET_MODULES), SEGMENT_FIELDS), np.int32)
-    next_chunk = [0] * layout.num_layers
-    for index, name in enumerate(TARGET_MODULES):
-        split = _split(name, layout, config)
-        for layer in range(layout.num_layers):
+    runs = np.empty((tp, num_pages * size), dtype)  # of one layer: it stays in the caches
+    for layer in range(layout.num_layers):
+        runs.fill(0)
+        next_chunk = 0
+        for index, name in enumerate(TARGET_MODULES):
             module = weights.modules.get((layer, name))
             if module is None:
                 continue
-            a_chunk = next_chunk[layer]
-            b_chunk = a_chunk + split.num_a_chunks(module.rank, tp)
-            next_chunk[layer] = b_chunk + split.num_b_chunks(module.rank)
+            split = _split(name, layout, config)
+            a_chunk, b_chunk = next_chunk, next_chunk + split.num_a_chunks(module.rank, tp)
+            next_chunk = b_chunk + split.num_b_chunks(module.rank)
             segments[layer, index] = (KIND_LORA, a_chunk, b_chunk, module.rank)
+            b_rows = _scaled_rows(module)
             with np.errstate(over="ignore"):  # seen below
-                b_rows = module.b.T.astype(np.float32) * np.float32(module.scaling)  # [R, out]
                 for device in range(tp):
-                    run = runs[layer, device]
+                    run = runs[device]
                     _put_rows(run, a_chunk, _a_rows(module.a, split, device, tp))
                     _put_rows(run, b_chunk, _b_rows(b_rows, name, split, device, layout, config))
-            if not np.isfinite(runs[layer, :, a_chunk * CHUNK : next_chunk[layer] * CHUNK]).all():
+            if not _is_finite(runs[:, a_chunk * CHUNK : next_chunk * CHUNK]):
                 raise AdapterLoadError(
                     f"layer {layer}, {name}: A, or B times its scaling {module.scaling}, exceeds "
                     f"the range of {layout.dtype}, in which the server keeps adapters",
                     param="lora_path",
                 )
-    # Page-major, so that any run of pages is one contiguous block to send.
-    by_page = runs.reshape(layout.num_layers, tp, num_pages, layout.page_elems)
-    pages = np.ascontiguousarray(by_page.transpose(2, 0, 1, 3)).reshape(
-        num_pages, layout.num_layers, tp * layout.page_elems
-    )
+        # Page-major, so that any run of pages is one contiguous block to send.
+        by_page = pages[:, layer].reshape(num_pages, tp, size)
+        by_page[...] = runs.reshape(tp, num_pages, size).transpose(1, 0, 2)
     return PackedAdapter(weights.version, pages, segments, weights.max_rank)
+
+
+def _scaled_rows(module: LoraModuleLike) -> Array:
+    """B times its scaling, rank-major, f32 `[R, out]`."""
+    # Turned as integers first: numpy casts a strided bfloat16 array many times slower.
+    turned = np.ascontiguousarray(module.b.view(f"u{module.b.itemsize}").T).view(module.b.dtype)
+    scaled = turned.astype(np.float32)
+    with np.errstate(over="ignore"):  # seen by `_is_finite`
+        scaled *= np.float32(module.scaling)
+    return scaled
+
+
+def _is_finite(values: Array) -> bool:
+    """Without its sign a float orders as an unsigned integer, infinity and NaN on top."""
+    unsigned = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(unsigned)
+    magnitude = values.view(unsigned) & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)
+    return bool(magnitude.max(initial=0) < infinity)
 
 
 def _a_rows(a: Array, split: _Split, device: int, tp: int) -> Array:

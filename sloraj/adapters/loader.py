@@ -12,7 +12,7 @@ from sloraj.batch import PackedAdapter
 from sloraj.errors import AdapterFilesNotFound, AdapterLoadError, InternalError, SlorajError
 from sloraj.messages import LoadAdapter
 
-NUM_THREADS = 2
+NUM_THREADS = 4
 
 LoadFunction = Callable[[str], tuple[PackedAdapter, dict[str, Any]]]
 

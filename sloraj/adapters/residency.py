@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from sloraj.adapters.host_store import AdapterVersion
@@ -62,6 +62,12 @@ class _Resident:
     slot: int
     pages: list[int]
     num_pins: int = 0
+    is_prefetched: bool = False  # its first use is on record, and has not come yet
+
+
+def _install(resident: _Resident) -> AdapterInstall:
+    version = resident.version
+    return AdapterInstall(resident.slot, version.tag, tuple(resident.pages), version.packed)
 
 
 class Residency:
@@ -118,17 +124,17 @@ class Residency:
 
         Only after `fits`. Evicts idle versions for the slot and the pages.
         """
-        self._policy.record_use(version, self._clock())
         resident = self._residents.get(version.version_id)
+        if resident is None or not resident.is_prefetched:
+            self._policy.record_use(version, self._clock())
         install = None
         if resident is None:
             resident = self._place(version)
-            install = AdapterInstall(
-                resident.slot, version.tag, tuple(resident.pages), version.packed
-            )
+            install = _install(resident)
         elif resident.num_pins == 0:
             self._leave_idle(resident)
         resident.num_pins += 1
+        resident.is_prefetched = False
         return resident.slot, install
 
     def release(self, version_id: str) -> None:
@@ -138,8 +144,30 @@ class Residency:
             raise InternalError(f"adapter version {version_id}: released more often than acquired")
         resident.num_pins -= 1
         if resident.num_pins == 0:
-            self._idle[version_id] = self._policy.keep_value(resident.version)
-            self.num_idle_pages += len(resident.pages)
+            self._become_idle(resident)
+
+    def prefetch(
+        self, version: AdapterVersion, num_other_pages: int, keep: Collection[str]
+    ) -> AdapterInstall | None:
+        """Place a version that will soon be acquired, without a pin: the install.
+
+        None, and nothing changes, if it is resident, or if it and `num_other_pages` beside it do
+        not fit without evicting a version that `keep` names.
+        """
+        if version.version_id in self._residents:
+            return None
+        missing = version.num_pages + num_other_pages - self._pool.num_free
+        if missing > 0 or not self._free_slots:
+            going = self._least_valued(missing, keep)
+            if going is None:
+                return None
+            for version_id in going:
+                self._evict(version_id)
+        self._policy.record_use(version, self._clock())
+        resident = self._place(version)
+        resident.is_prefetched = True
+        self._become_idle(resident)
+        return _install(resident)
 
     def evict_for(self, num_pages: int) -> bool:
         """Evict idle versions until `num_pages` pages are free; if in vain, none, and False."""
@@ -175,10 +203,28 @@ class Residency:
         self.num_installs += 1
         return resident
 
+    def _least_valued(self, num_pages: int, keep: Collection[str]) -> list[str] | None:
+        """Idle versions, at least one, that hold `num_pages` pages; None if there are not such."""
+        going: list[str] = []
+        for version_id in sorted(self._idle, key=self._idle.__getitem__):
+            if version_id not in keep:
+                going.append(version_id)
+                num_pages -= len(self._residents[version_id].pages)
+                if num_pages <= 0:
+                    return going
+        return None
+
     def _evict_least_valued(self) -> None:
-        version_id = min(self._idle, key=self._idle.__getitem__)
+        self._evict(min(self._idle, key=self._idle.__getitem__))
+
+    def _evict(self, version_id: str) -> None:
         self._remove(self._residents[version_id])
         self.num_evictions += 1
+
+    def _become_idle(self, resident: _Resident) -> None:
+        version = resident.version
+        self._idle[version.version_id] = self._policy.keep_value(version)
+        self.num_idle_pages += len(resident.pages)
 
     def _leave_idle(self, resident: _Resident) -> None:
         del self._idle[resident.version.version_id]

@@ -15,6 +15,8 @@ from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from pallas_kernels.add_norm import add_rms_norm, rms_norm
+from pallas_kernels.dispatch import KernelChoice
+from pallas_kernels.linear import linear
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
@@ -42,34 +44,26 @@ class StepSpec:
     tp: int
     page_size: int
     max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: str  # implementation of every op
+    kernels: KernelChoice
+    quantization: str | None = None  # of the layers' linear weights: "int8", "fp8"
     lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have length 0 and page
-    0.
-    """
+    """Per-step device arrays, i32, shared by all layers. Padding tokens have page 0."""
 
     token_ids: jax.Array  # [T]
     positions: jax.Array  # [T]
     rows: jax.Array  # [T] row-state index
     pages: jax.Array  # [T] page that the token's key and value go to
     offsets: jax.Array  # [T] place in that page
-    lengths: jax.Array  # [T] visible positions of a single-token row; 0 for padding
+    lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
-    segments: jax.Array  # [layers, slots, 7, 4]
     lora_tiles: LoraTiles
-    query_tiles: QueryTiles | None  # None: every token is its own sequence (decode)
-
-
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x `[T, in]`, weight `[out, in]` -> `[T, out]` in x's dtype."""
-    y = jnp.einsum("td,nd->tn", x, weight, preferred_element_type=x.dtype)
-    return y if bias is None else y + bias[None, :]
+    query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
 
 class _Parameters(nnx.Module):
@@ -77,11 +71,21 @@ class _Parameters(nnx.Module):
 
     def __init__(self, rules: dict[str, ParamRule], dtype: jnp.dtype) -> None:
         for name, rule in rules.items():
-            setattr(self, name, nnx.Param(jnp.zeros(rule.shape, dtype)))
+            setattr(self, name, nnx.Param(jnp.zeros(rule.shape, jnp.dtype(rule.dtype or dtype))))
 
     def param(self, name: str) -> jax.Array | None:
         holder = getattr(self, name, None)
         return None if holder is None else holder[...]
+
+    def linear(self, name: str, x: jax.Array, spec: StepSpec) -> jax.Array:
+        """x `[T, in]` -> `[T, out]` in x's dtype, through the weight `name` without its bias."""
+        weight = self.param(name)
+        assert weight is not None
+        return linear(x, weight, self.param(f"{name}_scale"), implementation=spec.kernels.linear)
+
+    def linear_with_bias(self, name: str, x: jax.Array, spec: StepSpec) -> jax.Array:
+        y, bias = self.linear(name, x, spec), self.param(f"{name}_bias")
+        return y if bias is None else y + bias[None, :]
 
 
 class DecoderLayer(_Parameters):
@@ -104,12 +108,12 @@ class DecoderLayer(_Parameters):
         x, delta: the same of the block before; they are added where the sum is normed anyway.
         pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
-        eps, kernels = spec.config.rms_norm_eps, spec.kernels
+        eps, kernel = spec.config.rms_norm_eps, spec.kernels.add_rms_norm
         with jax.named_scope("attention"):
-            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernel)
             delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernels)
+            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernel)
             return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
@@ -128,7 +132,7 @@ class DecoderLayer(_Parameters):
         num_kv_heads = local_kv_heads(config, spec.tp)
         q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
         delta = _Delta(pool, layer, inputs, spec)
-        qkv = linear(h, self.qkv[...], self.param("qkv_bias"))
+        qkv = self.linear_with_bias("qkv", h, spec)
         qkv = delta.column(qkv, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
         norms = HeadNorms(self.q_norm[...], self.k_norm[...]) if config.qk_norm else None
         q, pool = rope_write(
@@ -138,12 +142,12 @@ class DecoderLayer(_Parameters):
                 page_size=spec.page_size,
             ),
             eps=config.rms_norm_eps,
-            implementation=spec.kernels,
+            implementation=spec.kernels.rope_write,
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
         delta = _Delta(pool, layer, inputs, spec)
-        partial = delta.row(linear(attended, self.o[...]), attended, O_PROJ)
+        partial = delta.row(self.linear("o", attended, spec), attended, O_PROJ)
         out = sum_partial(partial, spec.tp)
         bias = self.param("o_bias")
         return (out if bias is None else out + bias[None, :]), pool
@@ -153,11 +157,11 @@ class DecoderLayer(_Parameters):
     ) -> jax.Array:
         f = spec.config.intermediate_size // spec.tp
         delta = _Delta(pool, layer, inputs, spec)
-        gate_up = linear(h, self.gate_up[...], self.param("gate_up_bias"))
+        gate_up = self.linear_with_bias("gate_up", h, spec)
         gate_up = delta.column(gate_up, h, (GATE_PROJ, UP_PROJ), (f, f))
         gate, up = jnp.split(gate_up, 2, axis=1)
         h = jax.nn.silu(gate) * up
-        out = sum_partial(delta.row(linear(h, self.down[...]), h, DOWN_PROJ), spec.tp)
+        out = sum_partial(delta.row(self.linear("down", h, spec), h, DOWN_PROJ), spec.tp)
         bias = self.param("down_bias")
         return out if bias is None else out + bias[None, :]
 
@@ -196,9 +200,9 @@ class _Delta:
         self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
     ) -> jax.Array:
         return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            x, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_shrink,
         )  # fmt: skip
 
     def _expand(
@@ -210,9 +214,9 @@ class _Delta:
         column_offset: jax.Array,
     ) -> jax.Array:
         return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.inputs.segments, self.layer,
+            base, v, self.pool, self.inputs.slot_pages, self.layer,
             self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels,
+            implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip
 
 
@@ -224,17 +228,22 @@ def _attend(
     inputs: StepInputs,
     spec: StepSpec,
 ) -> jax.Array:
+    """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
+    num_singles = len(q)
+    if inputs.query_tiles is not None:  # then at most one a row, less the null row
+        num_singles = min(len(q), len(inputs.page_table) - 1)
+    out = paged_decode_attention(
+        q, pool, inputs.page_table, inputs.rows[:num_singles], inputs.lengths[:num_singles],
+        window, num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
+        implementation=spec.kernels.decode_attention,
+    )  # fmt: skip
     if inputs.query_tiles is None:
-        return paged_decode_attention(
-            q, pool, inputs.page_table, inputs.rows, inputs.lengths, window,
-            num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-            implementation=spec.kernels,
-        )  # fmt: skip
+        return out
     return paged_ragged_attention(
-        q, pool, inputs.page_table, inputs.query_tiles, window,
+        q, pool, inputs.page_table, inputs.query_tiles, window, out,
         num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
-        implementation=spec.kernels,
+        implementation=spec.kernels.ragged_attention,
     )  # fmt: skip
 
 
@@ -256,7 +265,7 @@ class Ends(_Parameters):
         x = rms_norm(x, self.norm[...], spec.config.rms_norm_eps)
         table = self.param("lm_head")
         table = self.embed[...] if table is None else table
-        local = jnp.einsum("bd,vd->bv", x, table, preferred_element_type=jnp.float32)
+        local = linear(x, table, out_dtype=jnp.float32, implementation=spec.kernels.linear)
         return gather_vocab(local, spec.tp)[:, : spec.config.vocab_size]
 
 
@@ -290,7 +299,9 @@ def _state(leaves: dict[str, jax.Array]) -> nnx.State:
 def abstract_model(spec: StepSpec, dtype: jnp.dtype) -> Model:
     """The model without its arrays."""
     config, tp = spec.config, spec.tp
-    rules = tuple(layer_rules(config, tp, index) for index in range(config.num_layers))
+    rules = tuple(
+        layer_rules(config, tp, index, spec.quantization) for index in range(config.num_layers)
+    )
     end_rules = top_rules(config, tp)
     layer = nnx.eval_shape(lambda: DecoderLayer(rules[0], dtype))
     ends = nnx.eval_shape(lambda: Ends(end_rules, dtype))

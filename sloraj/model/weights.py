@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from checkpoints.model_config import ModelConfig
-from sloraj.parallel.sharding import ParamRule, Piece, layer_rules, top_rules
+from sloraj.model.quantize import quantize, quantize_layer
+from sloraj.parallel.sharding import QUANTIZED, ParamRule, Piece, layer_rules, top_rules
 
 Leaves = dict[str, jax.Array]
 Progress = Callable[[str, int, int], None]
@@ -35,14 +36,25 @@ def load_parameters(
     mesh: Mesh,
     dtype: jnp.dtype | None,
     progress: Progress,
+    quantization: str | None = None,
 ) -> tuple[Leaves, list[Leaves]]:
-    """(parameters outside the layers, one dict a layer), on the mesh; dtype None: as stored."""
+    """(parameters outside the layers, one dict a layer), on the mesh; dtype None: as stored.
+
+    With `quantization` each layer's linear weights are quantised from what is stored, once the
+    layer is on the devices.
+    """
     total = config.num_layers + 1
     ends = _load(source, top_rules(config, mesh.size), mesh, dtype)
     progress("weights", 1, total)
     layers = []
     for index in range(config.num_layers):
-        layers.append(_load(source, layer_rules(config, mesh.size, index), mesh, dtype))
+        rules = layer_rules(config, mesh.size, index)
+        if quantization is None:
+            layers.append(_load(source, rules, mesh, dtype))
+        else:
+            stored = {name: rules.pop(name) for name in QUANTIZED}
+            layer = _load(source, rules, mesh, dtype) | _load(source, stored, mesh, None)
+            layers.append(quantize_layer(layer, quantization))
         progress("weights", index + 2, total)
     return ends, layers
 
@@ -94,21 +106,26 @@ def _join(pieces: list[jax.Array], *, dtype: jnp.dtype) -> jax.Array:
 
 
 def abstract_parameters(
-    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype
+    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, quantization: str | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter's shape and sharding by flat name (`embed`, `layers.3.qkv`, ...)."""
     return {
         name: jax.ShapeDtypeStruct(
-            rule.global_shape(mesh.size), dtype, sharding=NamedSharding(mesh, rule.spec)
+            rule.global_shape(mesh.size),
+            jnp.dtype(rule.dtype or dtype),
+            sharding=NamedSharding(mesh, rule.spec),
         )
-        for name, rule in flat_rules(config, mesh.size).items()
+        for name, rule in flat_rules(config, mesh.size, quantization).items()
     }
 
 
-def flat_rules(config: ModelConfig, tp: int) -> dict[str, ParamRule]:
+def flat_rules(
+    config: ModelConfig, tp: int, quantization: str | None = None
+) -> dict[str, ParamRule]:
     rules = dict(top_rules(config, tp))
     for index in range(config.num_layers):
-        rules |= {f"layers.{index}.{n}": r for n, r in layer_rules(config, tp, index).items()}
+        layer = layer_rules(config, tp, index, quantization)
+        rules |= {f"layers.{index}.{name}": rule for name, rule in layer.items()}
     return rules
 
 
@@ -129,7 +146,11 @@ def unflatten(flat: Leaves, num_layers: int) -> tuple[Leaves, list[Leaves]]:
 
 
 def random_parameters(
-    config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, seed: int
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    seed: int,
+    quantization: str | None = None,
 ) -> tuple[Leaves, list[Leaves]]:
     """Random weights made on the device, for benchmarks of large geometries (norms are ones)."""
 
@@ -146,4 +167,6 @@ def random_parameters(
             flat[name] = jax.device_put(jnp.ones(leaf.shape, dtype), leaf.sharding)
         else:
             flat[name] = normal(jax.random.fold_in(key, index), leaf.shape, leaf.sharding)
+            if quantization is not None and name.rpartition(".")[2] in QUANTIZED:
+                flat[name], flat[f"{name}_scale"] = quantize(flat.pop(name), quantization)
     return unflatten(flat, config.num_layers)

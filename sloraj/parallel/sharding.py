@@ -20,6 +20,8 @@ from sloraj.parallel.mesh import AXIS, local_kv_heads
 COLUMN = PartitionSpec(AXIS)  # output rows split
 ROW = PartitionSpec(None, AXIS)  # input columns split
 WHOLE = PartitionSpec()
+QUANTIZED = ("qkv", "o", "gate_up", "down")  # the rest keeps the model's dtype
+QUANTIZED_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class ParamRule:
     shape: tuple[int, ...]  # per device
     spec: PartitionSpec
     pieces: Callable[[int], list[Piece]]  # device index -> pieces
+    dtype: str | None = None  # None: the model's
 
     def global_shape(self, tp: int) -> tuple[int, ...]:
         return tuple(
@@ -77,8 +80,32 @@ def top_rules(config: ModelConfig, tp: int) -> dict[str, ParamRule]:
     return rules
 
 
-def layer_rules(config: ModelConfig, tp: int, layer: int) -> dict[str, ParamRule]:
+def quantized_rules(rules: dict[str, ParamRule], quantization: str) -> dict[str, ParamRule]:
+    """A layer's rules with its linear weights in one byte each, and their scales beside them.
+
+    `<name>_scale` is float32, one for each output feature: it lies where its row of the weight
+    lies, so with the rows of a column-split weight, and whole where the columns are split. Scales
+    have no pieces: they are made from the weights once those are loaded.
+    """
+    found = dict(rules)
+    for name in QUANTIZED:
+        rule = rules[name]
+        found[name] = dataclasses.replace(rule, dtype=QUANTIZED_DTYPES[quantization])
+        found[f"{name}_scale"] = ParamRule(
+            rule.shape[:1], WHOLE if rule.spec == ROW else COLUMN, lambda _: [], "float32"
+        )
+    return found
+
+
+def layer_rules(
+    config: ModelConfig, tp: int, layer: int, quantization: str | None = None
+) -> dict[str, ParamRule]:
     """Rules of one decoder layer's parameters."""
+    rules = _layer_rules(config, tp, layer)
+    return rules if quantization is None else quantized_rules(rules, quantization)
+
+
+def _layer_rules(config: ModelConfig, tp: int, layer: int) -> dict[str, ParamRule]:
     prefix = f"model.layers.{layer}."
     d, f = config.hidden_size, config.intermediate_size // tp
     q = config.num_heads // tp * config.head_dim

@@ -9,9 +9,9 @@ from sloraj.config import div_ceil
 
 SMALL_DECODE_ROWS = (1, 4, 16, 64)
 SAMPLE_ROWS = (8, 64)
-DECODE_BLOCK_ROWS = 8
-MIXED_BLOCK_ROWS = 32
-MIN_MIXED_TOKENS = 512
+DECODE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
+MIXED_BLOCK_ROWS = 64  # the fewest rows that a Hopper tensor core takes at full speed
+MIN_MIXED_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +48,11 @@ class Buckets:
 def make_buckets(
     max_num_seqs: int, max_num_batched_tokens: int, page_size: int, block_q: int
 ) -> Buckets:
-    """Few enough that compiling them is quick: about two dozen programs at 256 rows.
+    """Few enough that compiling them is quick: about two dozen programs at 128 rows.
 
     Decoding is bound by reading weights, so padding a few rows costs nothing: its buckets are far
-    apart while small. Mixed steps are bound by arithmetic: powers of two up to the token budget.
+    apart while small. Mixed steps are bound by arithmetic from a few hundred tokens on: powers of
+    two up to the token budget, to which the scheduler cuts its chunks.
     """
     sample = [n for n in SAMPLE_ROWS if 4 * n <= max_num_seqs] + [max_num_seqs]
 
@@ -64,7 +65,7 @@ def make_buckets(
             num_logits=fit(n),
             is_decode=True,
             num_appends=n,
-            block_rows=min(DECODE_BLOCK_ROWS, n),
+            block_rows=DECODE_BLOCK_ROWS,
             num_lora_tiles=n,
             block_q=1,
             num_query_tiles=n,
@@ -74,15 +75,16 @@ def make_buckets(
     mixed = tuple(
         Bucket(
             num_tokens=n,
-            num_logits=max_num_seqs,
+            num_logits=fit(rows),
             is_decode=False,
-            num_appends=div_ceil(n, page_size) + 2 * max_num_seqs,
+            num_appends=div_ceil(n, page_size) + 2 * rows,
             block_rows=MIXED_BLOCK_ROWS,
-            num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + max_num_seqs,
+            num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + rows,
             block_q=block_q,
-            num_query_tiles=div_ceil(n, block_q) + max_num_seqs,
+            num_query_tiles=div_ceil(n, block_q) + rows,
         )
         for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
+        for rows in [min(n, max_num_seqs)]
     )
     return Buckets(decode=decode, mixed=mixed, sample=tuple(sample))
 

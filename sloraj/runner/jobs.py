@@ -23,14 +23,16 @@ from sloraj.runner.rows import RESET_PACKING
 from sloraj.runner.state import STAGING_SPEC, RunnerConfig, abstract_logits, abstract_state
 from sloraj.sampler import VARIANTS
 
-INSTALL_PAGES = (8, 1)  # pages an install program copies; large first
+INSTALL_PAGES = (8, 4, 2, 1)  # pages an install program copies; large first
 
 
 def make_jobs(model: Model, mesh: Mesh, buckets: Buckets, config: RunnerConfig) -> list[CompileJob]:
     """All programs: forward passes first, for they take longest."""
     model_config = model.spec.config
     state = abstract_state(config, mesh, model_config.vocab_size)
-    flat: Any = abstract_parameters(model_config, mesh, jnp.dtype(config.layout.dtype))
+    flat: Any = abstract_parameters(
+        model_config, mesh, jnp.dtype(config.layout.dtype), model.spec.quantization
+    )
     ends, layers = unflatten(flat, model_config.num_layers)
     forwards = [
         CompileJob(

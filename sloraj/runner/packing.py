@@ -6,6 +6,7 @@ One buffer is one transfer. `Packing` fixes the place of each field for a bucket
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -63,6 +64,7 @@ def step_packing(bucket: Bucket) -> Packing:
         shapes += [
             ("query_tiles", (4, bucket.num_query_tiles)),
             ("num_query_tiles", (1,)),
+            ("num_singles", (1,)),
         ]
     return Packing(tuple(shapes))
 
@@ -89,7 +91,7 @@ def pack_step(
     _pack_appends(batch.rows, fields, page_size)
     _pack_lora_tiles(batch.rows, fields, bucket.block_rows)
     if not bucket.is_decode:
-        _pack_query_tiles(batch.rows, fields, bucket.block_q)
+        _pack_attention(batch.rows, fields, bucket.block_q)
     return buffer
 
 
@@ -180,14 +182,21 @@ def _pack_lora_tiles(
     fields["num_tiles"][0] = n
 
 
-def _pack_query_tiles(
+def _pack_attention(
     rows: Sequence[ScheduledRow], fields: dict[str, np.ndarray], block_q: int
 ) -> None:
-    tiles, token = [], 0
-    for row in rows:
+    """Single-token rows, which come first, attend as in a decode step; the rest in tiles."""
+    num_singles = sum(1 for _ in itertools.takewhile(lambda row: row.num_tokens == 1, rows))
+    tiles, token = [], num_singles
+    for row in rows[num_singles:]:
         for begin in range(0, row.num_tokens, block_q):
             size = min(block_q, row.num_tokens - begin)
             tiles.append((row.row, token + begin, size, row.start + begin))
         token += row.num_tokens
-    fields["query_tiles"][:, : len(tiles)] = np.array(tiles, np.int32).T
+    # A tile costs what lies before its end. The device takes them in order: the dearest come first,
+    # so that it is not left waiting for one of them.
+    tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
+    if tiles:
+        fields["query_tiles"][:, : len(tiles)] = np.array(tiles, np.int32).T
     fields["num_query_tiles"][0] = len(tiles)
+    fields["num_singles"][0] = num_singles

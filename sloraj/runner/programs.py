@@ -111,10 +111,12 @@ def _inputs(
     page_size: int,
 ) -> StepInputs:
     token_rows, positions = fields["rows"], fields["positions"]
-    is_token = jnp.arange(bucket.num_tokens, dtype=jnp.int32) < fields["num_tokens"]
+    token = jnp.arange(bucket.num_tokens, dtype=jnp.int32)
+    is_token = token < fields["num_tokens"]
     pages = page_table[token_rows, positions // page_size]
-    query_tiles = None
+    query_tiles, num_singles = None, fields["num_tokens"]
     if not bucket.is_decode:
+        num_singles = fields["num_singles"]
         row, q_start, q_len, position = fields["query_tiles"]
         query_tiles = QueryTiles(
             row=row, q_start=q_start, q_len=q_len, position=position,
@@ -127,14 +129,14 @@ def _inputs(
         rows=token_rows,
         pages=jnp.where(is_token, pages, 0),
         offsets=positions % page_size,
-        lengths=jnp.where(is_token, positions + 1, 0),
+        lengths=jnp.where(token < num_singles, positions + 1, 0),
         page_table=page_table,
         slot_pages=table.slot_pages,
-        segments=table.segments,
         lora_tiles=LoraTiles(
             row_order=fields["row_order"],
             starts=fields["tile_starts"],
             slots=fields["tile_slots"],
+            segments=table.segments[:, fields["tile_slots"]],
             num_tiles=fields["num_tiles"],
             block_rows=bucket.block_rows,
         ),

@@ -7,7 +7,8 @@ one, so the device never waits for Python. Nothing here decides what runs: that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from sloraj.batch import (
 )
 from sloraj.model.llama import Model
 from sloraj.model.weights import Leaves, Progress
+from sloraj.runner.arena import HostArena
 from sloraj.runner.buckets import Bucket, Buckets
 from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
@@ -39,11 +41,15 @@ from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepHandle:
-    """An enqueued step: which rows are sampled, and the arrays to wait for."""
+    """An enqueued step: which rows are sampled, and the arrays to wait for.
+
+    Logits are let go as soon as they are sampled from: the next step's then get the same place, and
+    the CUDA graph that writes them need not be changed.
+    """
 
     batch: ScheduledBatch
     sampled: tuple[ScheduledRow, ...]
-    logits: StepLogits
+    logits: StepLogits | None  # in checked mode, and when nothing is sampled
     drawn: jax.Array | None
     floats: jax.Array | None
 
@@ -65,8 +71,11 @@ class DeviceRunner:
         self._null_row = config.null_row
         self._vocab_size = model.spec.config.vocab_size
         self._compiles = CompileCounter()
+        self.host_arena = HostArena(mesh.devices.flat[0])
+        self._staging_sharding = NamedSharding(mesh, STAGING_SPEC)
+        self._staged: dict[int, list[jax.Array]] = {}  # by tag: pages on their way
         self._known_at_reset: dict[int, int] = {}
-        self._num_steps = self._num_install_bytes = 0
+        self._num_steps = self._num_install_bytes = self._num_padding_tokens = 0
         self._programs: dict[Key, Any] = {}
         self._slot_variants = SlotVariants(buckets.lora_variants)
         state = zeros(abstract_state(config, mesh, self._vocab_size))
@@ -103,7 +112,8 @@ class DeviceRunner:
         self._count_tokens(self._count_buffer([]))
         self._bind_slot(0, 0, (), self._empty_segments())  # slot 0 stays empty
         for size in INSTALL_PAGES:
-            self._install_pages(self._empty_staging(size), (0,) * size)
+            staging = jax.device_put(self._empty_staging(size), self._staging_sharding)
+            self._install_pages(staging, (0,) * size)
         logits_of: dict[int, StepLogits] = {}
         empty = ScheduledBatch(step=0, rows=())
         for bucket in (*self._buckets.decode, *self._buckets.mixed):
@@ -129,6 +139,8 @@ class DeviceRunner:
         """
         for install in batch.installs:
             self._install_adapter(install)
+        # A copy starts when what is enqueued before it has ended, and runs beside what comes after.
+        self._staged = {send.tag: self._send_pages(send) for send in batch.sends}
         resets = [row for row in batch.rows if row.is_reset]
         for start in range(0, len(resets), RESETS):
             self._reset_rows(resets[start : start + RESETS])
@@ -137,24 +149,27 @@ class DeviceRunner:
         variant = self._slot_variants.of({row.slot for row in batch.rows})
         logits = self._run_forward(bucket, variant, batch)
         self._num_steps += 1
+        self._num_padding_tokens += bucket.num_tokens - batch.num_tokens
         sampled = tuple(row for row in batch.rows if row.samples)
         drawn = floats = None
         if sampled:
             drawn, floats = self._run_sample(_variant(sampled), logits)
             drawn.copy_to_host_async()
-        return StepHandle(batch, sampled, logits, drawn, floats)
+        is_kept = self._config.checked or drawn is None
+        return StepHandle(batch, sampled, logits if is_kept else None, drawn, floats)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a step's tokens."""
         tokens: list[SampledToken] = []
-        if handle.drawn is None:
-            handle.logits.positions.block_until_ready()
-        else:
-            drawn = np.asarray(handle.drawn)
-            floats = None if handle.floats is None else np.asarray(handle.floats)
-            for i, row in enumerate(handle.sampled):
-                tokens.append(_sampled_token(row, drawn[i], None if floats is None else floats[i]))
-        violations = int(handle.logits.violations) if self._config.checked else 0
+        violations = 0
+        if handle.drawn is not None:
+            drawn = np.asarray(handle.drawn).tolist()
+            floats: Iterable[list[float] | None] = itertools.repeat(None)
+            if handle.floats is not None:
+                floats = np.asarray(handle.floats).tolist()
+            tokens = list(map(_sampled_token, handle.sampled, drawn, floats))
+        if handle.logits is not None:
+            violations = int(handle.logits.violations)
         return StepResult(handle.batch.step, tuple(tokens), violations)
 
     def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:
@@ -209,21 +224,30 @@ class DeviceRunner:
 
     # --- adapters ------------------------------------------------------------------------------
 
-    def _install_adapter(self, install: AdapterInstall) -> None:
-        start, pages = 0, install.packed.pages
+    def _send_pages(self, install: AdapterInstall) -> list[jax.Array]:
+        """Start the copies of a version's pages, in pieces of INSTALL_PAGES."""
+        pages, start = install.packed.pages, 0
+        sent: list[jax.Array] = []
         for size in INSTALL_PAGES:
             while len(install.pages) - start >= size:
-                stop = start + size
-                self._install_pages(pages[start:stop], install.pages[start:stop])
-                start = stop
+                sent.append(jax.device_put(pages[start : start + size], self._staging_sharding))
+                start += size
+        self._num_install_bytes += install.packed.num_bytes
+        return sent
+
+    def _install_adapter(self, install: AdapterInstall) -> None:
+        staged = self._staged.pop(install.tag, None)
+        start = 0
+        for piece in self._send_pages(install) if staged is None else staged:
+            stop = start + piece.shape[0]
+            self._install_pages(piece, install.pages[start:stop])
+            start = stop
         self._slot_variants.bind(install.slot, install.packed.segments)
         self._bind_slot(install.slot, install.tag, install.pages, install.packed.segments)
-        self._num_install_bytes += install.packed.num_bytes
 
-    def _install_pages(self, staging: np.ndarray, pages: tuple[int, ...]) -> None:
-        on_device = jax.device_put(staging, NamedSharding(self._mesh, STAGING_SPEC))
+    def _install_pages(self, staging: jax.Array, pages: tuple[int, ...]) -> None:
         pools = self._programs["install", len(pages)](
-            self._state.pools, on_device, np.array(pages, np.int32)
+            self._state.pools, staging, np.array(pages, np.int32)
         )
         self._state = dataclasses.replace(self._state, pools=pools)
 
@@ -251,6 +275,8 @@ class DeviceRunner:
             "compile_s": self._compiles.seconds,
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
+            "padding_tokens": self._num_padding_tokens,
+            "host_arena_bytes": self.host_arena.num_bytes,
         }
 
     def close(self) -> None:
@@ -264,10 +290,10 @@ def _variant(sampled: tuple[ScheduledRow, ...]) -> str:
     return FULL if any(needs_full_sampling(p) for p in params) else GREEDY
 
 
-def _sampled_token(row: ScheduledRow, drawn: np.ndarray, floats: np.ndarray | None) -> SampledToken:
+def _sampled_token(row: ScheduledRow, ints: list[int], floats: list[float] | None) -> SampledToken:
     logprobs = None
     wanted = row.sequence.params.logprobs
     if wanted is not None and floats is not None:
-        top = zip(drawn[2 : 2 + wanted].tolist(), floats[1 : 1 + wanted].tolist(), strict=True)
-        logprobs = TokenLogprobs(int(drawn[0]), float(floats[0]), tuple(top))
-    return SampledToken(row.sequence, int(drawn[0]), bool(drawn[1]), logprobs)
+        top = zip(ints[2 : 2 + wanted], floats[1 : 1 + wanted], strict=True)
+        logprobs = TokenLogprobs(ints[0], floats[0], tuple(top))
+    return SampledToken(row.sequence, ints[0], bool(ints[1]), logprobs)

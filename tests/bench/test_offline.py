@@ -17,18 +17,21 @@ def test_a_tiny_run_serves_every_request_and_compiles_nothing_after_readiness(
     arguments = {
         "geometry": "tiny", "adapters": 6, "ranks": "64,8", "requests": 8, "input": 24,
         "output": 6, "max-num-seqs": 4, "max-num-batched-tokens": 32, "pool-bytes": 3_000_000,
-        "out": out,
+        "modes": "base,cold,warm,disk,engine", "out": out,
     }  # fmt: skip
     argv = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr("sys.argv", ["offline", *argv])
     offline.main()
     capsys.readouterr()
     result = json.loads(out.read_text())
-    for run in (result["base"], result["adapters"], result["adapters_again"]):
+    for run in (result[mode] for mode in ("base", "cold", "warm", "disk")):
         assert run["num_output_tokens"] == 8 * 6
         assert run["num_prompt_tokens"] == 8 * 24
         assert run["compiles_after_ready"] == 0
         assert 0 < run["first_token_s"]["p50"] <= run["wall_s"]
     assert result["base"]["adapter_installs"] == 0
-    assert result["adapters"]["adapter_installs"] >= 6
+    assert result["cold"]["adapter_installs"] >= 6
+    assert result["disk"]["adapter_installs"] >= 6
+    assert result["through_engine"]["requests_per_s"] > 0
     assert result["engine"]["num_programs"] <= 24
+    assert [entry["number"] for entry in result["targets"]] == ["10"]

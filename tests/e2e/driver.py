@@ -12,6 +12,7 @@ import numpy as np
 from checkpoints.hf_config import read_model_config
 from checkpoints.hf_weights import open_weights
 from checkpoints.peft_adapter import read_adapter
+from pallas_kernels.dispatch import Implementation, KernelChoice
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.batch import AdapterInstall, ScheduledBatch, ScheduledRow
 from sloraj.config import PoolLayout, div_ceil
@@ -21,6 +22,7 @@ from sloraj.parallel.mesh import local_kv_heads, make_mesh
 from sloraj.request import SamplingParams, Sequence
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import make_buckets
+from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.state import RunnerConfig
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -45,20 +47,28 @@ class Driver:
         max_rank: int = 64,
         max_model_len: int = 128,
         num_pages: int = 512,
-        kernels: str = "xla",
+        kernels: Implementation = "xla",
         dtype: str = "float32",
+        quantization: str | None = None,
     ) -> None:
         self.config = config = read_model_config(model)
         mesh = make_mesh(tp)
         spec = StepSpec(
-            config=config, tp=tp, page_size=page_size, max_rank=max_rank, kernels=kernels
+            config=config,
+            tp=tp,
+            page_size=page_size,
+            max_rank=max_rank,
+            kernels=KernelChoice.uniform(kernels),
+            quantization=quantization,
         )
         self.layout = PoolLayout(
             num_layers=config.num_layers, num_kv_heads=local_kv_heads(config, tp),
             head_dim=config.head_dim, page_size=page_size, tp=tp, dtype=dtype,
         )  # fmt: skip
         with open_weights(model, config) as weights:
-            ends, layers = load_parameters(weights, config, mesh, jnp.dtype(dtype), quiet)
+            ends, layers = load_parameters(
+                weights, config, mesh, jnp.dtype(dtype), quiet, quantization
+            )
         buckets = make_buckets(max_num_seqs, max_num_tokens, page_size, 16)
         buckets = dataclasses.replace(buckets, decode=buckets.decode[-1:])  # one will do
         self.runner = DeviceRunner(
@@ -76,8 +86,8 @@ class Driver:
         self.runner.compile(
             quiet,
             only=[
-                self.mixed, self.decode, ("sample", "greedy", max_num_seqs), ("install", 1),
-                ("install", 8), ("bind",), ("reset",), ("count",),
+                self.mixed, self.decode, ("sample", "greedy", max_num_seqs),
+                *(("install", n) for n in INSTALL_PAGES), ("bind",), ("reset",), ("count",),
             ],
         )  # fmt: skip
         self._pages = itertools.count(1)
@@ -121,6 +131,7 @@ class Driver:
         handle = self.runner.execute(ScheduledBatch(0, tuple(rows), installs))
         result = self.runner.collect(handle)
         assert result.owner_violations == 0
+        assert handle.logits is not None
         logits = np.asarray(handle.logits.logits)
         found = {
             id(row.sequence): (logits[i], result.tokens[i].token_id) for i, row in enumerate(rows)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from sloraj.adapters.layout import Allocate
 from sloraj.adapters.loader import LoadFunction
 from sloraj.build import LORA_VARIANTS, adapter_loader, build_core
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
@@ -79,8 +80,10 @@ def build_engine(directory: Path) -> Engine:
     oracle = TokenOracle(written, weights)  # before readiness: it compiles the noise
     loads: list[LoadFunction] = []
 
-    def keep_loader(model: ModelConfig, layout: PoolLayout, max_rank: int) -> LoadFunction:
-        loads.append(adapter_loader(model, layout, max_rank))
+    def keep_loader(
+        model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate
+    ) -> LoadFunction:
+        loads.append(adapter_loader(model, layout, max_rank, allocate))
         return loads[0]
 
     page_bytes = written.num_layers * 2 * PAGE_SIZE * written.num_kv_heads * written.head_dim * 4

@@ -23,7 +23,6 @@ class LoraCase:
     x: np.ndarray  # [T, in]
     pool: np.ndarray  # [num_pages, page_elems]
     slot_pages: np.ndarray
-    segments: np.ndarray
     layer: int
     tiles: LoraTiles
     row_slots: np.ndarray  # [T]; 0 = base row
@@ -63,7 +62,11 @@ class LoraCase:
 
 
 def make_tiles(
-    row_slots: np.ndarray, block_rows: int, capacity: int, rng: np.random.Generator
+    row_slots: np.ndarray,
+    segments: np.ndarray,
+    block_rows: int,
+    capacity: int,
+    rng: np.random.Generator,
 ) -> LoraTiles:
     """Group the rows of each slot, slots in random order, and cut them to at most block_rows."""
     order: list[int] = []
@@ -83,6 +86,7 @@ def make_tiles(
         row_order=_i32(order),
         starts=_i32(starts),
         slots=_i32(slots),
+        segments=_i32(segments[:, slots]),
         num_tiles=_i32([num_tiles]),
         block_rows=block_rows,
     )
@@ -144,9 +148,8 @@ def make_case(
         x=x,
         pool=pool,
         slot_pages=slot_pages,
-        segments=segments,
         layer=layer,
-        tiles=make_tiles(row_slots, block_rows, capacity, rng),
+        tiles=make_tiles(row_slots, segments, block_rows, capacity, rng),
         row_slots=row_slots,
         a=a,
         b=b,
@@ -165,5 +168,5 @@ def _rounded(values: np.ndarray, dtype: Any) -> np.ndarray:
     return values.astype(dtype).astype(np.float64)
 
 
-def _i32(values: list[int]) -> Any:
+def _i32(values: Any) -> Any:
     return np.asarray(values, np.int32)

@@ -2,39 +2,115 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning_table
-from pallas_kernels.dispatch import resolve_implementation
+from pallas_kernels import dispatch, tuning_table
+from pallas_kernels.dispatch import (
+    MOSAIC_BEST,
+    MOSAIC_OPS,
+    Implementation,
+    KernelChoice,
+    KernelShape,
+    resolve_kernels,
+)
 from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import MODELS, POPULARITIES, row_slots
+
+H200 = "NVIDIA H200"
+SHAPE = KernelShape(head_dim=128, page_size=16, dtype="bfloat16", lora_widths=(4096, 11008))
 
 
 @pytest.mark.parametrize(
     ("requested", "platform", "chosen"),
     [
         (None, "cpu", "xla"),
-        (None, "gpu", "triton"),
-        (None, "cuda", "triton"),
         ("xla", "gpu", "xla"),
         ("triton", "gpu", "triton"),
+        ("triton", "cuda", "triton"),
     ],
 )
-def test_the_choice_is_the_request_or_the_best(
-    requested: str | None, platform: str, chosen: str
+def test_a_request_without_mosaic_is_served_by_one_implementation(
+    requested: str | None, platform: str, chosen: Implementation
 ) -> None:
-    assert resolve_implementation(requested, platform) == chosen
+    choice = resolve_kernels(requested, platform=platform, device_kind=H200, shape=SHAPE)
+    assert choice == KernelChoice.uniform(chosen)
+    assert str(choice) == chosen
+
+
+def test_mosaic_serves_the_ops_that_have_it_and_the_best_are_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_MOSAIC", True)
+    asked = resolve_kernels("mosaic", platform="gpu", device_kind=H200, shape=SHAPE)
+    best = resolve_kernels(None, platform="gpu", device_kind=H200, shape=SHAPE)
+    for op in (field.name for field in dataclasses.fields(KernelChoice)):
+        assert getattr(asked, op) == ("mosaic" if op in MOSAIC_OPS else "triton")
+        assert getattr(best, op) == ("mosaic" if op in MOSAIC_BEST else "triton")
+    assert MOSAIC_BEST <= MOSAIC_OPS
+
+
+@pytest.mark.parametrize(
+    ("op", "device_kind", "change", "reason"),
+    [
+        ("lora_expand", H200, {"lora_widths": (128, 344)}, r"widths \[344\], allowed: multiples"),
+        (
+            "rope_write",
+            "NVIDIA A100-SXM4-80GB",
+            {},
+            "device 'NVIDIA A100-SXM4-80GB', allowed: H100",
+        ),
+        (
+            "decode_attention",
+            "NVIDIA H100 80GB HBM3",
+            {"head_dim": 96},
+            "head_dim 96, allowed: 64, 128",
+        ),
+        ("ragged_attention", H200, {"page_size": 24}, "page_size 24, allowed: 8, 16, 32"),
+        ("ragged_attention", H200, {}, f"JAX {jax.__version__}, allowed: 0.11 and up"),
+        ("ragged_attention", H200, {"dtype": "float32"}, "dtype float32, allowed: bfloat16"),
+    ],
+)
+def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
+    op: str,
+    device_kind: str,
+    change: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_MOSAIC", "JAX" not in reason)
+    monkeypatch.setattr(dispatch, "MOSAIC_OPS", frozenset({op}))
+    monkeypatch.setattr(dispatch, "MOSAIC_BEST", frozenset({op}))
+    where: dict[str, Any] = {
+        "platform": "gpu",
+        "device_kind": device_kind,
+        "shape": dataclasses.replace(SHAPE, **change),
+    }
+    with pytest.raises(ValueError, match=f"'mosaic' of {op}: {reason}"):
+        resolve_kernels("mosaic", **where)
+    with caplog.at_level("INFO", logger="pallas_kernels"):
+        assert resolve_kernels(None, **where) == KernelChoice.uniform("triton")
+    assert re.search(f"{op}: triton and not mosaic: {reason}", caplog.text)
+
+
+def test_a_choice_names_what_differs() -> None:
+    choice = dataclasses.replace(KernelChoice.uniform("triton"), rope_write="xla")
+    assert str(choice) == "triton, rope_write xla"
 
 
 @pytest.mark.parametrize(
     ("requested", "platform", "message"),
     [
         ("triton", "cpu", "'triton' does not run on platform 'cpu', which has \\['xla'\\]"),
-        ("mosaic", "gpu", "'mosaic' is not one of \\['xla', 'triton'\\]"),
+        ("cuda", "gpu", "'cuda' is not one of \\['xla', 'triton', 'mosaic'\\]"),
         (None, "tpu", "platform 'tpu' is not one of"),
     ],
 )
@@ -42,7 +118,7 @@ def test_what_cannot_run_is_refused_and_never_replaced(
     requested: str | None, platform: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_implementation(requested, platform)
+        resolve_kernels(requested, platform=platform, device_kind=H200, shape=SHAPE)
 
 
 def test_a_measured_configuration_is_found_by_its_shape(
@@ -51,7 +127,7 @@ def test_a_measured_configuration_is_found_by_its_shape(
     config = {
         "block_ranks": 8,
         "block_chunks": 2,
-        "matvec": True,
+        "num_shares": 4,
         "num_warps": 2,
         "num_stages": 1,
     }

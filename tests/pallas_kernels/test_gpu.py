@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import decode_attention_triton
 from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -27,18 +28,21 @@ pytestmark = [
 ]
 QKV, OUT, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)
 BATCHES = [  # model, modules, rows, block_rows, popularity
-    ("llama-7b", QKV, 64, 8, "distinct"),
     ("llama-7b", QKV, 64, 1, "distinct"),
-    ("llama-7b", OUT, 64, 8, "zipf"),
-    ("llama-7b", GATE_UP, 16, 8, "uniform"),
-    ("llama-7b", DOWN, 16, 8, "identical"),
-    ("llama-7b", QKV, 200, 32, "zipf"),
+    ("llama-7b", QKV, 1, 1, "distinct"),
+    ("llama-7b", OUT, 64, 1, "zipf"),
+    ("llama-7b", GATE_UP, 16, 1, "uniform"),
+    ("llama-7b", DOWN, 16, 1, "identical"),
+    ("llama-7b", QKV, 200, 64, "zipf"),
+    ("llama-7b", GATE_UP, 70, 16, "uniform"),
     ("llama-7b", DOWN, 200, 64, "identical"),
-    ("llama-3.1-8b", QKV, 64, 8, "uniform"),
-    ("llama-3.1-8b", DOWN, 100, 32, "zipf"),
-    ("qwen2-0.5b", QKV, 32, 8, "zipf"),
-    ("qwen2-0.5b", GATE_UP, 100, 32, "uniform"),
-    ("demo", QKV, 16, 8, "distinct"),
+    ("llama-3.1-8b", QKV, 64, 1, "uniform"),
+    ("llama-3.1-8b", DOWN, 8, 1, "distinct"),
+    ("llama-3.1-8b", DOWN, 100, 64, "zipf"),
+    ("qwen2-0.5b", QKV, 32, 1, "zipf"),
+    ("qwen2-0.5b", DOWN, 32, 1, "uniform"),
+    ("qwen2-0.5b", GATE_UP, 100, 64, "uniform"),
+    ("demo", QKV, 16, 1, "distinct"),
     ("demo", GATE_UP, 64, 16, "base-only"),
 ]
 
@@ -72,8 +76,17 @@ def real_case(
     return case, out_sizes
 
 
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
-def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "batch"),
+    [
+        (implementation, batch)
+        for implementation in ("triton", "mosaic")
+        for batch in BATCHES
+        if implementation == "triton" or batch[:2] != ("demo", GATE_UP)  # partial chunks
+    ],
+    ids=str,
+)
+def test_lora_kernels_agree_with_the_oracle(implementation: str, batch: Any) -> None:
     case, out_sizes = real_case(*batch)
     modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
 
@@ -84,13 +97,13 @@ def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
             modules=modules,
             num_rows=64,
             rank_split=1,
-            implementation="triton",
+            implementation=implementation,
         )
         expanded = lora_expand(
             *(base, v, *adapters, jnp.int32(0)),
             modules=modules,
             out_sizes=sizes,
-            implementation="triton",
+            implementation=implementation,
         )
         return shrunk, expanded
 
@@ -98,7 +111,7 @@ def test_lora_kernels_agree_with_the_oracle(batch: Any) -> None:
     num_tokens = len(case.row_slots)
     base = rng.normal(size=(num_tokens, sum(sizes))).astype(jnp.bfloat16)
     v = rng.normal(size=(num_tokens, len(modules), 64)).astype(np.float32)
-    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     shrunk, expanded = (np.asarray(array) for array in run(case.x, base, v, *adapters))
 
     for (row, place), want in case.shrunk(modules).items():
@@ -134,6 +147,10 @@ def test_attention_kernels_agree_with_the_oracle(
         "scale": head_dim**-0.5,
         "implementation": "triton",
     }
+    whole_rows = decode_attention_triton.Config(
+        extra_parts=0, min_part=256, heads_first=True, edges_apart=False, block_kv=32,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
     rng = np.random.default_rng(0)
     q = (3 * rng.normal(size=(len(tokens) + 2, heads, head_dim))).astype(dtype)
     rows = np.array([2, 0, 1, 3, 4, 0], np.int32)
@@ -141,23 +158,71 @@ def test_attention_kernels_agree_with_the_oracle(
 
     @jax.jit
     def run(q: Any, pool: Any, page_table: Any, rows: Any, seen: Any, tiles: Any, w: Any) -> Any:
-        decoded = paged_decode_attention(q[:6], pool, page_table, rows, seen, w, **keywords)
-        return decoded, paged_ragged_attention(q, pool, page_table, tiles, w, **keywords)
+        arrays = (pool, page_table, rows, seen, w)
+        cut = paged_decode_attention(q, *arrays, **keywords)
+        whole = paged_decode_attention(q[:6], *arrays, config=whole_rows, **keywords)
+        prefilled = paged_ragged_attention(q, pool, page_table, tiles, w, **keywords)
+        return cut, whole, prefilled
 
     for window in (2**31 - 1, 100):
         arrays = (q, contexts.pool, contexts.page_table, rows, seen, tiles, np.int32(window))
-        decoded, prefilled = (np.asarray(array) for array in run(*arrays))
+        cut, whole, prefilled = (np.asarray(array) for array in run(*arrays))
         for token in range(5):
             want = contexts.attention(
                 q[token], int(rows[token]), int(seen[token]) - 1, window, head_dim**-0.5
             )
-            assert_close(decoded[token], want, inner=dtype)
-        assert not decoded[5].any()
+            assert_close(cut[token], want, inner=dtype)
+            assert_close(whole[token], want, inner=dtype)
+        assert not cut[5].any() and not whole[5].any()
         for t, token_at in enumerate(tokens):
             assert token_at is not None
             want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)
             assert_close(prefilled[t], want, inner=dtype)
         assert not prefilled[len(tokens) :].any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64)]
+)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("window", [2**31 - 1, 100])
+def test_mosaic_attention_agrees_with_the_oracle(
+    heads: int, kv_heads: int, head_dim: int, dtype: Any, window: int
+) -> None:
+    contexts = make_contexts(
+        lengths=[512, 1, 700, 16, 333],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=16,
+        dtype=dtype,
+        seed=3,
+        pages_per_row=128,
+    )
+    spans = [(4, 300, 33), (1, 0, 1), (3, 0, 16), (2, 500, 200), (0, 0, 512)]
+    tiles, tokens = make_query_tiles(spans, block_q=128, capacity=11)
+    rng = np.random.default_rng(0)
+    q = (3 * rng.normal(size=(len(tokens) + 2, heads, head_dim))).astype(dtype)
+    base = rng.normal(size=q.shape).astype(dtype)
+
+    @jax.jit
+    def run(*arrays: Any) -> Any:
+        return paged_ragged_attention(
+            *arrays,
+            num_kv_heads=kv_heads,
+            page_size=16,
+            scale=head_dim**-0.5,
+            implementation="mosaic",
+        )
+
+    out = np.asarray(
+        run(q, contexts.pool, contexts.page_table, tiles, np.int32(window), jnp.asarray(base))
+    )
+    for t in [*range(0, len(tokens), 5), len(tokens) - 1]:
+        token_at = tokens[t]
+        assert token_at is not None
+        want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)
+        assert_close(out[t], want, inner=dtype)
+    assert out[len(tokens) :].tobytes() == base[len(tokens) :].tobytes()
 
 
 @pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "demo"])

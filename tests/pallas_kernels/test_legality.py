@@ -21,7 +21,10 @@ from pallas_kernels.tiles import LoraTiles, QueryTiles
 
 # JAX 0.11 says at lowering that Pallas-Triton will go one day
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-TRITON = "__gpu$xla.gpu.triton"
+TRITON, MOSAIC = "__gpu$xla.gpu.triton", "mosaic_gpu"
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the Mosaic GPU kernels are written for JAX 0.11 and up"
+)
 ODD_HEADS = {  # head sizes that are no powers of two, and groups of three
     f"head-{head_dim}": ModelShape(
         hidden_size=960, num_heads=12, num_kv_heads=4, head_dim=head_dim, intermediate_size=1000
@@ -57,6 +60,7 @@ def lora_tiles(num_tokens: int, block_rows: int) -> LoraTiles:
         row_order=array(num_tokens),
         starts=array(capacity + 1),
         slots=array(capacity),
+        segments=array(32, capacity, 7, 4),
         num_tiles=array(1),
         block_rows=block_rows,
     )
@@ -64,11 +68,11 @@ def lora_tiles(num_tokens: int, block_rows: int) -> LoraTiles:
 
 def adapters(model: ModelShape, num_tokens: int, block_rows: int) -> tuple[Any, ...]:
     pool = bf16(NUM_PAGES, model.page_elems)
-    return pool, array(65, 80), array(32, 65, 7, 4), array(), lora_tiles(num_tokens, block_rows)
+    return pool, array(65, 80), array(), lora_tiles(num_tokens, block_rows)
 
 
 @pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
-@pytest.mark.parametrize(("num_tokens", "block_rows", "max_rank"), [(64, 8, 64), (2048, 32, 256)])
+@pytest.mark.parametrize(("num_tokens", "block_rows", "max_rank"), [(64, 1, 64), (2048, 64, 256)])
 @pytest.mark.parametrize("modules", [(0, 1, 2), (6,)])
 def test_lora_kernels_lower(
     model: ModelShape, num_tokens: int, block_rows: int, max_rank: int, modules: tuple[int, ...]
@@ -112,15 +116,25 @@ def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
         "implementation": "triton",
     }
 
+    def q_of(num_tokens: int) -> jax.ShapeDtypeStruct:
+        return bf16(num_tokens, heads, head_dim)
+
     def decode(*args: Any) -> Any:
         return paged_decode_attention(*args, **keywords)
 
     def prefill(*args: Any) -> Any:
         return paged_ragged_attention(*args, **keywords)
 
-    table, q = array(256, 512), bf16(64, heads, head_dim)
-    assert TRITON in lowered(decode, q, pool, table, array(64), array(64), array())
-    assert TRITON in lowered(prefill, q, pool, table, tiles, array())
+    table, q = array(257, 512), q_of(300)
+    for num_rows, num_tokens, width, num_kernels in (
+        (256, 256, 8, 1),  # rows are too short to be cut
+        (64, 64, 512, 2),  # rows are cut and joined
+        (256, 300, 512, 2),  # and the rows are the first tokens of a longer step
+    ):
+        arrays = (q_of(num_tokens), pool, array(257, width), array(num_rows), array(num_rows))
+        assert lowered(decode, *arrays, array()).count(TRITON) == num_kernels
+    program = lowered(prefill, q, pool, table, tiles, array(), q, donate=(6,))
+    assert TRITON in program and "output_operand_alias" in program
 
 
 @pytest.mark.parametrize(
@@ -152,3 +166,46 @@ def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool) -> None:
 
     x = bf16(64, model.hidden_size)
     assert TRITON in lowered(add_norm, x, x, bf16(model.hidden_size))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "qwen2-7b"])
+@pytest.mark.parametrize("modules", [(0, 1, 2), (6,)])
+def test_mosaic_lora_kernels_lower(model: str, modules: tuple[int, ...]) -> None:
+    shape = MODELS[model]
+    in_size = shape.module_sizes(modules[0])[0]
+    out_sizes = tuple(shape.module_sizes(module)[1] for module in modules)
+    arrays = adapters(shape, 64, 8)
+
+    def shrink(*args: Any) -> Any:
+        return lora_shrink(
+            *args, modules=modules, num_rows=64, rank_split=1, implementation="mosaic"
+        )
+
+    def expand(*args: Any) -> Any:
+        return lora_expand(*args, modules=modules, out_sizes=out_sizes, implementation="mosaic")
+
+    assert MOSAIC in lowered(shrink, bf16(64, in_size), *arrays)
+    base, v = bf16(64, sum(out_sizes)), array(64, len(modules), 64, dtype=jnp.float32)
+    program = lowered(expand, base, v, *arrays, array(), donate=(0,))
+    assert MOSAIC in program
+    assert "output_operand_alias" in program
+
+
+@needs_mosaic
+@pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "qwen2-7b"])
+def test_mosaic_attention_lowers(model: str) -> None:
+    shape = MODELS[model]
+    tiles = QueryTiles(
+        row=array(40), q_start=array(40), q_len=array(40), position=array(40), num_tiles=array(1),
+        block_q=128,
+    )  # fmt: skip
+
+    def prefill(*args: Any) -> Any:
+        return paged_ragged_attention(
+            *args, num_kv_heads=shape.num_kv_heads, page_size=shape.page_size, scale=1.0,
+            implementation="mosaic",
+        )  # fmt: skip
+
+    q, pool = bf16(2048, shape.num_heads, shape.head_dim), bf16(NUM_PAGES, shape.page_elems)
+    assert MOSAIC in lowered(prefill, q, pool, array(256, 512), tiles, array())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import triton_blocks
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_expand_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
@@ -50,7 +51,7 @@ def expand(
             v[row, place, :rank] = rng.normal(size=rank)
 
     run = compiled(modules=modules, out_sizes=sizes, **keywords)
-    adapters = (case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     y = run(base, v, *adapters, np.int32(column_offset))
     assert y.dtype == base.dtype
     return base, np.asarray(y), case.expanded(base, v, modules, sizes, column_offset)
@@ -65,7 +66,7 @@ def assert_untouched_rows_are_equal_bit_for_bit(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("block_rows", [4, 16])
+@pytest.mark.parametrize("block_rows", [1, 4])
 def test_every_row_gets_the_delta_of_its_own_adapter(
     implementation: str, popularity: str, block_rows: int
 ) -> None:
@@ -97,7 +98,7 @@ def test_every_row_gets_the_delta_of_its_own_adapter(
         (11008, 4096, jnp.bfloat16),
     ],
 )
-@pytest.mark.parametrize("block_rows", [2, 16])
+@pytest.mark.parametrize("block_rows", [1, 2, 16])
 def test_rows_that_straddle_pages_are_read_from_their_own_pages(
     implementation: str, out_size: int, page_elems: int, dtype: Any, block_rows: int
 ) -> None:
@@ -122,7 +123,7 @@ def test_rows_that_straddle_pages_are_read_from_their_own_pages(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_rows", [2, 16])
+@pytest.mark.parametrize("block_rows", [1, 2, 16])
 def test_a_device_adds_to_its_own_columns_only(implementation: str, block_rows: int) -> None:
     case = make_case(
         row_slots=np.array([1, 2, 1], np.int32),
@@ -148,7 +149,7 @@ def test_a_device_adds_to_its_own_columns_only(implementation: str, block_rows: 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_rows", [4, 32])
+@pytest.mark.parametrize("block_rows", [1, 32])
 def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
     case = make_case(
         row_slots=np.array([1] * 5 + [2], np.int32),
@@ -165,15 +166,15 @@ def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("block_rows", "config"),
     [
-        Config(block_chunks=1, block_ranks=16, matvec=True, num_warps=2, num_stages=1),
-        Config(block_chunks=8, block_ranks=8, matvec=True, num_warps=8, num_stages=2),
-        Config(block_chunks=1, block_ranks=16, matvec=False, num_warps=4, num_stages=1),
-        Config(block_chunks=4, block_ranks=32, matvec=False, num_warps=4, num_stages=4),
+        (1, Config(block_chunks=1, row_ranks=16, num_warps=2)),
+        (1, Config(block_chunks=8, row_ranks=8, num_warps=8)),
+        (4, Config(block_chunks=1, tile_ranks=16, tile_columns=128, num_warps=4)),
+        (4, Config(block_chunks=4, tile_ranks=32, tile_columns=32, num_warps=4)),
     ],
 )
-def test_every_configuration_gives_the_same_answer(config: Config) -> None:
+def test_every_configuration_gives_the_same_answer(block_rows: int, config: Config) -> None:
     out_sizes = {0: 328, 1: 136}
     case = make_case(
         row_slots=np.array([1, 2, 1, 1, 0], np.int32),
@@ -181,13 +182,29 @@ def test_every_configuration_gives_the_same_answer(config: Config) -> None:
         in_size=64,
         out_size=out_sizes,
         page_elems=1024,
-        block_rows=4,
+        block_rows=block_rows,
         dtype=np.float32,
         seed=1,
     )
     _, y, want = expand(
         case, out_sizes=out_sizes, num_ranks=24, implementation="triton", config=config
     )
+    assert_close(y, want)
+
+
+def test_programs_take_several_tiles_where_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "MIN_TILE_PROGRAMS", 1)
+    case = make_case(
+        row_slots=np.arange(1, 10, dtype=np.int32),
+        ranks={slot: {0: slot} for slot in range(1, 10)},
+        in_size=64,
+        out_size={0: 136},
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=2,
+    )
+    _, y, want = expand(case, out_sizes={0: 136}, num_ranks=9, implementation="triton")
     assert_close(y, want)
 
 
@@ -209,7 +226,7 @@ def test_devices_of_a_mesh_expand_their_own_pages(implementation: str) -> None:
     ]
     cases[1].pool[:] *= 2  # the same adapters, twice as large
     case = cases[0]
-    adapters = jax.tree.map(jnp.asarray, (case.slot_pages, case.segments, case.tiles))
+    adapters = jax.tree.map(jnp.asarray, (case.slot_pages, case.tiles))
     pool = np.concatenate([case.pool for case in cases], axis=1)
     base = np.zeros((3, 256), np.float32)
     v = np.ones((3, 1, 8), np.float32)
@@ -220,9 +237,9 @@ def test_devices_of_a_mesh_expand_their_own_pages(implementation: str) -> None:
 
     @jax.jit
     def layer_body(base: Any, v: Any, pool: Any, layer: Any) -> Any:
-        slot_pages, segments, tiles = adapters
+        slot_pages, tiles = adapters
         return lora_expand(
-            *(base, v, pool, slot_pages, segments, layer, tiles, jnp.int32(0)),
+            *(base, v, pool, slot_pages, layer, tiles, jnp.int32(0)),
             modules=(0,),
             out_sizes=(128,),
             implementation=implementation,
@@ -253,14 +270,14 @@ def test_impossible_arguments_are_refused() -> None:
         dtype=np.float32,
         seed=0,
     )
-    with pytest.raises(ValueError, match="'' is not one of"):
+    with pytest.raises(ValueError, match="'' is not one that this op has"):
         expand(case, out_sizes={0: 128}, num_ranks=8, implementation="")
     for shape, message in (((1, 100), "at least 128"), ((2, 128), "not \\[1,")):
         with pytest.raises(ValueError, match=message):
             lora_expand(
                 jnp.zeros(shape),
                 jnp.zeros((1, 1, 8)),
-                *(case.pool, case.slot_pages, case.segments, np.int32(0), case.tiles, np.int32(0)),
+                *(case.pool, case.slot_pages, np.int32(0), case.tiles, np.int32(0)),
                 modules=(0,),
                 out_sizes=(128,),
                 implementation="xla",

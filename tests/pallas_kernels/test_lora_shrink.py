@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import triton_blocks
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
@@ -37,7 +38,7 @@ def shrink(
     **keywords: Any,
 ) -> Any:
     run = compiled(modules=modules, num_rows=num_rows, rank_split=rank_split, **keywords)
-    v = run(case.x, case.pool, case.slot_pages, case.segments, np.int32(case.layer), case.tiles)
+    v = run(case.x, case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     assert v.shape == (case.x.shape[0], len(modules), num_rows)
     assert v.dtype == jnp.float32
     return np.asarray(v)
@@ -52,7 +53,7 @@ def assert_is_oracle(v: np.ndarray, case: LoraCase, modules: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("block_rows", [4, 16])
+@pytest.mark.parametrize("block_rows", [1, 4])
 def test_every_row_is_projected_by_its_own_adapter(
     implementation: str, popularity: str, block_rows: int
 ) -> None:
@@ -80,8 +81,9 @@ def test_every_row_is_projected_by_its_own_adapter(
         (11008, 4096, jnp.bfloat16),
     ],
 )
+@pytest.mark.parametrize("block_rows", [1, 2])
 def test_rows_that_straddle_pages_are_read_from_their_own_pages(
-    implementation: str, in_size: int, page_elems: int, dtype: Any
+    implementation: str, in_size: int, page_elems: int, dtype: Any, block_rows: int
 ) -> None:
     case = make_case(
         row_slots=np.array([1, 2, 0, 1], np.int32),
@@ -89,7 +91,7 @@ def test_rows_that_straddle_pages_are_read_from_their_own_pages(
         in_size=in_size,
         out_size=OUT,
         page_elems=page_elems,
-        block_rows=2,
+        block_rows=block_rows,
         dtype=dtype,
         seed=in_size,
     )
@@ -124,7 +126,7 @@ def test_a_device_shrinks_with_its_share_of_the_rank_rows(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_rows", [4, 32])
+@pytest.mark.parametrize("block_rows", [1, 32])
 def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
     case = make_case(
         row_slots=np.array([1] * 5 + [2], np.int32),
@@ -141,26 +143,42 @@ def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("block_rows", "config"),
     [
-        Config(block_ranks=8, block_chunks=2, matvec=True, num_warps=2, num_stages=1),
-        Config(block_ranks=64, block_chunks=8, matvec=True, num_warps=8, num_stages=2),
-        Config(block_ranks=16, block_chunks=1, matvec=False, num_warps=4, num_stages=1),
-        Config(block_ranks=32, block_chunks=4, matvec=False, num_warps=4, num_stages=4),
+        (1, Config(num_shares=4, row_ranks=2, row_chunks=2, num_warps=2)),
+        (1, Config(num_shares=3, row_ranks=4, row_chunks=64, num_warps=8)),
+        (4, Config(num_shares=1, tile_ranks=16, tile_chunks=1, num_warps=4, num_stages=1)),
+        (4, Config(num_shares=2, tile_ranks=32, tile_chunks=4, num_warps=4, num_stages=4)),
     ],
 )
-def test_every_configuration_gives_the_same_answer(config: Config) -> None:
+def test_every_configuration_gives_the_same_answer(block_rows: int, config: Config) -> None:
     case = make_case(
         row_slots=np.array([1, 2, 1, 1, 0], np.int32),
         ranks={1: {0: 24}, 2: {0: 5}},
         in_size=328,
         out_size=OUT,
         page_elems=1024,
-        block_rows=4,
+        block_rows=block_rows,
         dtype=np.float32,
         seed=1,
     )
     v = shrink(case, modules=(0,), num_rows=24, implementation="triton", config=config)
+    assert_is_oracle(v, case, (0,))
+
+
+def test_programs_take_several_tiles_where_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_blocks, "MIN_TILE_PROGRAMS", 1)
+    case = make_case(
+        row_slots=np.arange(1, 10, dtype=np.int32),
+        ranks={slot: {0: slot} for slot in range(1, 10)},
+        in_size=136,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=4,
+        dtype=np.float32,
+        seed=2,
+    )
+    v = shrink(case, modules=(0,), num_rows=9, implementation="triton")
     assert_is_oracle(v, case, (0,))
 
 
@@ -175,7 +193,7 @@ def test_impossible_arguments_are_refused() -> None:
         dtype=np.float32,
         seed=0,
     )
-    with pytest.raises(ValueError, match="'cuda' is not one of"):
+    with pytest.raises(ValueError, match="'cuda' is not one that this op has"):
         shrink(case, modules=(0,), num_rows=8, implementation="cuda")
     short = LoraCase(**{**vars(case), "x": np.zeros((2, 128), np.float32)})
     with pytest.raises(ValueError, match="tiles order 1 rows"):

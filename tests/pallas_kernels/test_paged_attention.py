@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,14 +50,16 @@ def decode(
     return np.asarray(out)
 
 
-def ragged(contexts: PagedContexts, q: Any, tiles: Any, window: int, **keywords: Any) -> np.ndarray:
+def ragged(
+    contexts: PagedContexts, q: Any, tiles: Any, window: int, base: Any = None, **keywords: Any
+) -> np.ndarray:
     run = compiled(
         paged_ragged_attention,
         num_kv_heads=contexts.keys[0].shape[1],
         page_size=contexts.page_size,
         **keywords,
     )
-    out = run(q, contexts.pool, contexts.page_table, tiles, np.int32(window))
+    out = run(q, contexts.pool, contexts.page_table, tiles, np.int32(window), base)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     return np.asarray(out)
 
@@ -101,28 +104,98 @@ def test_a_decode_row_attends_to_its_visible_positions_only(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
     contexts = make_contexts(
-        lengths=[300, 3, 129],
+        lengths=[700, 3, 129],
         num_kv_heads=2,
         head_dim=32,
         page_size=16,
         dtype=np.float32,
         seed=1,
-        pages_per_row=40,
+        pages_per_row=50,
     )
     q = queries(4, 4, 32, np.float32)
-    rows, lengths = [0, 1, 2, 0], [300, 3, 129, 0]
+    rows, lengths = [0, 1, 2, 0], [700, 3, 129, 0]
     keywords: dict[str, Any] = {"implementation": implementation}
     for window in (NO_WINDOW, 100):
-        for splits in (1, 4) if implementation == "triton" else (1,):
+        for extra_parts in (0, 2, 40) if implementation == "triton" else (0,):
             if implementation == "triton":
                 keywords["config"] = decode_attention_triton.Config(
-                    num_splits=splits, block_kv=32, num_warps=4, num_stages=2
+                    extra_parts=extra_parts,
+                    min_part=32,
+                    heads_first=extra_parts == 2,
+                    edges_apart=extra_parts != 2,
+                    block_kv=32,
+                    num_warps=4,
+                    num_stages=2,
                 )
             out = decode(contexts, q, rows, lengths, window, **keywords)
             for token in range(3):
                 want = contexts.attention(q[token], rows[token], lengths[token] - 1, window, 0.125)
                 assert_close(out[token], want)
             assert not out[3].any()
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 500])
+@pytest.mark.parametrize(("extra_parts", "min_part"), [(1, 32), (7, 64), (40, 32), (200, 32)])
+def test_parts_cover_what_each_row_sees_exactly_once(
+    extra_parts: int, min_part: int, window: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(0, 2000, size=20).astype(np.int32)
+    lengths[[3, 7]] = 0, 1
+    rows = np.arange(20, dtype=np.int32)[::-1]
+    config = decode_attention_triton.Config(
+        extra_parts=extra_parts, min_part=min_part, heads_first=False, edges_apart=True,
+        block_kv=32, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    cut = decode_attention_triton.cut_contexts(
+        jnp.asarray(rows), jnp.asarray(lengths), jnp.int32(window), config
+    )
+    parts = decode_attention_triton.Parts(*map(np.asarray, cut))
+    seen: dict[int, list[int]] = {token: [] for token in range(20)}
+    for part in range(20 + extra_parts):
+        token = int(parts.token[part])
+        if token < 20:
+            assert parts.row[part] == rows[token]
+            seen[token] += range(parts.begin[part], parts.end[part])
+    for token, length in enumerate(lengths):
+        assert seen[token] == list(range(max(0, length - window), length))
+        number = np.flatnonzero(parts.token == token)
+        assert (parts.siblings[number] == len(number)).all() and len(number) >= 1
+        place = np.flatnonzero(parts.cut_token == token)
+        if len(number) > 1:
+            assert (parts.first_of[place], parts.count_of[place]) == (number[0], len(number))
+            longest = max(parts.end[number] - parts.begin[number])
+            assert longest >= min_part and longest <= max(
+                min_part, lengths.sum() / extra_parts + 64
+            )
+        else:
+            assert len(place) == 0
+
+
+@pytest.mark.parametrize("extra_parts", [0, 9])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_may_be_the_first_tokens_of_a_longer_step(
+    implementation: str, extra_parts: int
+) -> None:
+    num_rows = decode_attention_triton.MIXED_PROGRAMS + 5
+    contexts = make_contexts(
+        lengths=[90, 17], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=1
+    )
+    q = queries(num_rows + 3, 4, 32, np.float32)
+    rows = np.arange(num_rows) % 2
+    lengths = np.where(np.arange(num_rows) % 9 == 4, 0, np.array([90, 17])[rows])
+    keywords: dict[str, Any] = {"implementation": implementation}
+    if implementation == "triton":
+        keywords["config"] = decode_attention_triton.Config(
+            extra_parts=extra_parts, min_part=32, heads_first=False, edges_apart=True,
+            block_kv=32, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    out = decode(contexts, q, rows, lengths, NO_WINDOW, **keywords)
+    for token, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if length == 0:
+            assert not out[token].any()
+        else:
+            want = contexts.attention(q[token], int(row), int(length) - 1, NO_WINDOW, 0.125)
+            assert_close(out[token], want)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -180,20 +253,47 @@ def test_scores_that_are_not_finite_show_in_their_token_and_in_no_other(
         assert_close(out[1], contexts.attention(q[1], 1, 19, NO_WINDOW, 0.125))
 
 
-@pytest.mark.parametrize("block_heads", [1, 2, 4])
-def test_heads_may_share_a_program(block_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("block_heads", "units_together", "block_kv", "window"),
+    [(1, 4, 16, NO_WINDOW), (2, 1, 32, 50), (4, 8, 16, 50), (4, 1, 32, 3), (1, 1, 8, 20)],
+)
+def test_how_the_work_is_divided_does_not_show(
+    block_heads: int, units_together: int, block_kv: int, window: int
+) -> None:
+    contexts = make_contexts(
+        lengths=[150, 12], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
+    )
+    tiles, tokens = make_query_tiles([(0, 110, 40), (1, 0, 12)], block_q=16, capacity=6)
+    q = queries(len(tokens), 6, 32, np.float32)
+    config = ragged_attention_triton.Config(
+        block_heads=block_heads,
+        units_together=units_together,
+        block_kv=block_kv,
+        num_warps=4,
+        num_stages=2,
+    )
+    out = ragged(contexts, q, tiles, window, implementation="triton", config=config)
+    for t, token in enumerate(tokens):
+        assert token is not None
+        assert_close(out[t], contexts.attention(q[t], *token, window, 0.125))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_in_no_tile_keep_what_the_base_holds(implementation: str) -> None:
     contexts = make_contexts(
         lengths=[40], num_kv_heads=2, head_dim=32, page_size=16, dtype=np.float32, seed=2
     )
-    tiles, tokens = make_query_tiles([(0, 30, 10)], block_q=8, capacity=3)
-    q = queries(len(tokens), 6, 32, np.float32)
-    config = ragged_attention_triton.Config(
-        block_heads=block_heads, block_kv=16, num_warps=4, num_stages=2
-    )
-    out = ragged(contexts, q, tiles, NO_WINDOW, implementation="triton", config=config)
-    for t, token in enumerate(tokens):
-        assert token is not None
-        assert_close(out[t], contexts.attention(q[t], *token, NO_WINDOW, 0.125))
+    tiles, _ = make_query_tiles([(0, 30, 10)], block_q=8, capacity=3)
+    tiles = dataclasses.replace(tiles, q_start=tiles.q_start + 2)
+    q, base = queries(14, 4, 32, np.float32), queries(14, 4, 32, np.float32) + 1
+    out = ragged(contexts, q, tiles, NO_WINDOW, base, implementation=implementation)
+    for t in range(14):
+        if 2 <= t < 12:
+            assert_close(out[t], contexts.attention(q[t], 0, 28 + t, NO_WINDOW, 0.125))
+        else:
+            np.testing.assert_array_equal(out[t], base[t])
+    with pytest.raises(ValueError, match="base is float16"):
+        ragged(contexts, q, tiles, 9, base.astype(np.float16), implementation=implementation)
 
 
 def test_impossible_arguments_are_refused() -> None:
@@ -204,5 +304,5 @@ def test_impossible_arguments_are_refused() -> None:
         decode(contexts, queries(1, 3, 32, np.float32), [0], [4], 9, implementation="xla")
     with pytest.raises(ValueError, match="not \\[num_pages, 1024\\]"):
         decode(contexts, queries(1, 4, 64, np.float32), [0], [4], 9, implementation="xla")
-    with pytest.raises(ValueError, match="'mosaic' is not one of"):
-        decode(contexts, queries(1, 4, 32, np.float32), [0], [4], 9, implementation="mosaic")
+    with pytest.raises(ValueError, match="'cuda' is not one"):
+        decode(contexts, queries(1, 4, 32, np.float32), [0], [4], 9, implementation="cuda")

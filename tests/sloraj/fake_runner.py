@@ -87,6 +87,8 @@ class FakeRunner:
         self.rows: dict[int, _Row] = {}
         self.slots: dict[int, _Slot] = {}
         self.violations: list[str] = []
+        self.sent: tuple[AdapterInstall, ...] = ()
+        self.num_sends = 0
         self.batches: list[ScheduledBatch] = []
         self.keep_batches = False
         self.handles: list[StepResult] = []  # enqueued, not read
@@ -100,6 +102,10 @@ class FakeRunner:
         if self.keep_batches:
             self.batches.append(batch)
         self._check_batch(batch)
+        first = batch.installs[: len(self.sent)]
+        self._require(first == self.sent, "what was sent is not what is installed first")
+        self.sent = batch.sends
+        self.num_sends += len(batch.sends)
         for install in batch.installs:
             self._install(install)
         for row in batch.rows:

@@ -88,19 +88,23 @@ def test_tokens_carry_their_row_position_and_id(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_query_tiles_cover_every_token_once(seed: int) -> None:
+def test_query_tiles_cover_every_token_of_longer_rows_once(seed: int) -> None:
     batch = random_batch(seed)
     bucket, fields = pack(batch)
     if bucket.is_decode:
         assert "query_tiles" not in fields
         return
-    seen = []
+    num_singles = int(fields["num_singles"][0])
+    assert num_singles == sum(row.num_tokens == 1 for row in batch.rows)
+    seen, ends = list(range(num_singles)), []
     for tile in range(int(fields["num_query_tiles"][0])):
         row, start, size, position = fields["query_tiles"][:, tile]
         assert 0 < size <= bucket.block_q
         assert fields["rows"][start] == row and fields["positions"][start] == position
         seen += range(start, start + size)
-    assert seen == list(range(batch.num_tokens))
+        ends.append(position + size)
+    assert sorted(seen) == list(range(batch.num_tokens))
+    assert ends == sorted(ends, reverse=True)  # the tile with most to read comes first
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -141,4 +145,9 @@ def test_buckets_hold_every_batch_that_the_limits_allow(max_num_seqs: int, budge
         assert bucket.num_tokens >= n and bucket.num_logits >= n
         assert bucket.num_logits in buckets.sample
     assert buckets.pick(budget, False).num_tokens == budget
-    assert len(buckets.decode) + len(buckets.mixed) + 3 * len(buckets.sample) <= 20
+    for n in range(1, budget + 1):
+        bucket = buckets.pick(n, False)
+        assert bucket.num_tokens >= n and bucket.num_logits >= min(n, max_num_seqs)
+        assert bucket.num_logits in buckets.sample
+        assert n <= 128 or bucket.num_tokens < 2 * n
+    assert len(buckets.decode) + len(buckets.mixed) + 3 * len(buckets.sample) <= 22

@@ -28,6 +28,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "page_size": 2,
         "max_num_seqs": 10,
         "max_num_batched_tokens": 11,
+        "token_buckets": (4, 6, 11),
         "max_model_len": 24,
         "install_pages_per_step": 5,
     },
@@ -161,7 +162,10 @@ class _Traffic:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_random_operations_lose_nothing_and_change_no_answer(geometry: str) -> None:
+def test_random_operations_lose_nothing_and_change_no_answer(
+    geometry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
     num_operations = NUM_OPERATIONS // len(GEOMETRIES) + 1
     traffic = _Traffic(list(GEOMETRIES).index(geometry), GEOMETRIES[geometry])
     for _ in range(num_operations):
@@ -182,3 +186,4 @@ def test_random_operations_lose_nothing_and_change_no_answer(geometry: str) -> N
     assert (traffic.num_too_large > 0) == (geometry == "tiny pool")
     assert (stats["preemptions"] > 0) == (geometry not in ("one row", "room for all"))
     assert (stats["adapter_evictions"] > 0) == (geometry != "room for all")
+    assert traffic.driver.runner.num_sends > 0

@@ -167,3 +167,32 @@ def test_the_host_store_keeps_one_copy_within_its_limit() -> None:
     again = store.add(packed_adapter(1, 3))
     assert again.tag != version.tag
     store.check_integrity()
+
+
+def test_what_is_prefetched_is_idle_until_it_is_acquired_and_counts_as_used_once() -> None:
+    device = Device()
+    version, twin = device.version(1, 4), device.version(2, 4)
+    install = device.residency.prefetch(version, 0, ())
+    assert install is not None
+    assert {device.pool.owner_of(page) for page in install.pages} == {version.tag}
+    device.residency.check_integrity()
+    assert device.residency.num_pins(version.version_id) == 0
+    assert device.residency.prefetch(version, 0, ()) is None
+    assert device.residency.acquire(version) == (install.slot, None)
+    device.residency.acquire(twin)
+    assert version.use_weight == twin.use_weight == 1.0
+    device.residency.acquire(version)
+    assert version.use_weight == 2.0
+
+
+def test_a_prefetch_evicts_the_least_valued_but_none_that_is_kept_or_pinned() -> None:
+    device = Device(num_pages=12, num_slots=3)
+    pinned, kept, idle, new = (device.version(i, 4) for i in range(1, 5))
+    device.residency.acquire(pinned)
+    device.use(kept)
+    device.use(idle, times=5)
+    assert device.residency.prefetch(new, 1, {kept.version_id}) is None  # no page is left beside it
+    assert device.residents(pinned, kept, idle, new) == [True, True, True, False]
+    assert device.residency.prefetch(new, 0, {kept.version_id}) is not None
+    assert device.residents(pinned, kept, idle, new) == [True, True, False, True]
+    device.residency.check_integrity()

@@ -12,7 +12,6 @@ import pytest
 from sloraj.batch import SampledToken, ScheduledBatch, StepResult
 from sloraj.messages import Abort, GetStats
 from sloraj.request import SamplingParams, Sequence, SequenceState
-from sloraj.scheduler import NEEDS_DRAIN
 from tests.sloraj.core_driver import CoreDriver
 
 
@@ -85,6 +84,41 @@ def test_a_remainder_of_one_token_counts_among_the_single_tokens() -> None:
     assert [(r.sequence, r.num_tokens) for r in batch.rows] == [(first, 1), (second, 1), (third, 6)]
 
 
+EDGES = {"max_num_batched_tokens": 1024, "token_buckets": (128, 256, 512, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "prompts", "expected"),
+    [
+        (0, (300,), 300),  # alone: a second step would read all the weights once more
+        (1, (270,), 256),  # 15 tokens ride with the next step's decoding
+        (1, (400,), 256),  # two steps of 256 cost what one of 512 does, and decode in both
+        (1, (480,), 481),  # little padding is let be
+        (1, (100,), 101),  # below the first bucket there is nothing to cut to
+        (1, (150, 150), 256),
+        (1, (400, 400, 400), 1024),
+        (3, (254,), 256),  # the last token waits
+    ],
+)
+def test_chunks_are_cut_to_a_bucket_where_the_next_step_takes_the_rest_for_less(
+    num_decoding: int, prompts: tuple[int, ...], expected: int
+) -> None:
+    hand = ByHand(num_pages=1000, max_num_seqs=8, max_model_len=1024, **EDGES)
+    for _ in range(num_decoding):
+        hand.add(3)
+    if num_decoding:
+        hand.read(hand.schedule())
+    for num_prompt in prompts:
+        hand.add(num_prompt)
+    batch = hand.schedule()
+    assert batch.num_tokens == expected
+    assert sum(row.num_tokens == 1 for row in batch.rows) >= num_decoding
+    while sum(s.num_computed_tokens for s in hand.scheduler._running) < sum(prompts):
+        hand.read(batch)
+        batch = hand.schedule()
+    assert hand.scheduler.num_running == num_decoding + len(prompts)
+
+
 def test_one_step_runs_ahead_of_the_tokens_read() -> None:
     hand = ByHand()
     sequence = hand.add(3)
@@ -103,7 +137,6 @@ def test_no_token_past_the_last_is_ever_computed(is_ahead: bool) -> None:
     enqueued = None
     for _ in range(20):
         batch = hand.scheduler.schedule()
-        assert batch is not NEEDS_DRAIN
         if not is_ahead and isinstance(batch, ScheduledBatch):
             hand.read(batch)
         elif enqueued is not None:
@@ -135,22 +168,63 @@ def test_a_stop_id_before_min_tokens_is_a_plain_token() -> None:
     assert (sequence.state, sequence.output_token_ids) == (SequenceState.FINISHED, [7, 7])
 
 
-def test_preemption_waits_for_the_token_in_flight_and_a_drain_changes_nothing() -> None:
+def test_a_preempted_sequence_waits_for_its_token_in_flight() -> None:
     hand = ByHand(num_pages=5, page_size=4)  # 4 usable
     old, new = hand.add(7), hand.add(3)
     hand.read(hand.schedule())  # 8 and 4 tokens: 2 + 1 pages
     enqueued = hand.schedule()
     assert hand.scheduler.num_running == 2
-    before = (list(old.pages), list(new.pages), old.num_computed_tokens, new.num_computed_tokens)
-    assert hand.scheduler.schedule() is NEEDS_DRAIN  # both want a page, one is free
-    assert before == (old.pages, new.pages, old.num_computed_tokens, new.num_computed_tokens)
-    hand.scheduler.check_integrity()
-    hand.read(enqueued)
-    batch = hand.schedule()
+    batch = hand.schedule()  # both want a page, one is free
     assert [row.sequence for row in batch.rows] == [old]
     assert (new.state, new.pages, new.row, new.num_preemptions) == (
         SequenceState.WAITING, [], None, 1,
     )  # fmt: skip
+    assert (new.num_in_flight, len(new.output_token_ids)) == (1, 1)
+    hand.scheduler.check_integrity()
+    hand.scheduler.abort(old)  # there is room again, but the token is not known yet
+    assert hand.scheduler.schedule() is None
+    hand.read(enqueued)
+    row = hand.schedule().rows[0]
+    assert (row.sequence, row.start, row.num_tokens, row.is_reset) == (new, 0, 5, True)
+    assert (new.num_in_flight, len(new.output_token_ids)) == (1, 2)
+
+
+def test_a_preempted_sequence_may_end_by_the_token_in_flight() -> None:
+    hand = ByHand(num_pages=5, page_size=4)
+    old, new = hand.add(7), hand.add(3)
+    hand.read(hand.schedule())
+    enqueued = hand.schedule()
+    hand.schedule()
+    assert new.state is SequenceState.WAITING
+    hand.read(enqueued, token=7)
+    assert (new.state, old.state) == (SequenceState.FINISHED, SequenceState.FINISHED)
+    assert hand.scheduler.is_idle
+
+
+def test_a_sequence_makes_room_while_its_last_token_is_in_flight() -> None:
+    hand = ByHand(max_num_seqs=1)
+    first, second = hand.add(3, max_output=2), hand.add(5)
+    hand.read(hand.schedule())
+    last = hand.schedule()
+    batch = hand.schedule()
+    assert [row.sequence for row in batch.rows] == [second]
+    assert (first.state, first.pages, first.row) == (SequenceState.ENDING, [], None)
+    hand.scheduler.check_integrity()
+    hand.read(last)
+    assert (first.state, len(first.output_token_ids)) == (SequenceState.FINISHED, 2)
+
+
+def test_what_is_aborted_with_its_last_token_in_flight_says_nothing_more() -> None:
+    hand = ByHand()
+    sequence = hand.add(3, max_output=1)
+    enqueued = hand.schedule()
+    assert hand.scheduler.schedule() is None
+    assert sequence.state is SequenceState.ENDING
+    hand.scheduler.abort(sequence)
+    result = StepResult(enqueued.step, (SampledToken(sequence, 3, True),))
+    assert hand.scheduler.update(result) == []
+    assert sequence.state is SequenceState.FINISHED
+    hand.scheduler.check_integrity()
 
 
 def test_a_preempted_sequence_computes_all_its_tokens_again_in_a_fresh_row() -> None:
@@ -310,4 +384,33 @@ def test_answers_do_not_depend_on_chunks_pages_or_preemption(
     driver.run()
     for request_id, prompt, name in zip(ids, prompts, names, strict=True):
         driver.expect(request_id, prompt, 3 if name else 0, max_tokens=max_tokens)
+    driver.expect_clean()
+
+
+def test_the_adapter_of_one_that_waits_is_sent_beside_the_step_before() -> None:
+    driver = CoreDriver(max_num_seqs=1, num_pages=60)
+    driver.runner.keep_batches = True
+    for content in (1, 2, 3):
+        driver.loaded(f"a{content}", f"{content}:2")
+    for content in (1, 2, 3):
+        driver.generate([1, 2, 3], f"a{content}", max_tokens=4)
+    driver.run()
+    batches = driver.runner.batches
+    first = batches[0]
+    assert len(first.installs) == 1 and len(first.sends) == 2
+    assert batches[1].installs == first.sends
+    assert not any(batch.installs or batch.sends for batch in batches[2:])
+    assert driver.core.stats()["adapter_installs"] == 3
+    driver.expect_clean()
+
+
+def test_nothing_is_sent_that_running_sequences_would_soon_have_to_evict() -> None:
+    driver = CoreDriver(max_num_seqs=1, num_pages=10)  # 9 pages: the adapters do not fit together
+    driver.runner.keep_batches = True
+    for content in (1, 2):
+        driver.loaded(f"a{content}", f"{content}:4")
+    for content in (1, 2):
+        driver.generate([1, 2, 3], f"a{content}", max_tokens=4)
+    driver.run()
+    assert not any(batch.sends for batch in driver.runner.batches)
     driver.expect_clean()

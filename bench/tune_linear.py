@@ -1,0 +1,334 @@
+"""Search how the linear kernels work best on this device, shape by shape, and write the table.
+
+    python -m bench.tune_linear --out pallas_kernels/tuning/nvidia-h200.json
+
+Candidates are compiled side by side and timed one after the other (`bench/kernel_timing.py`: many
+calls in one program, each on another weight). An entry is written where a kernel beats XLA's time
+(of weights in bfloat16), or where the weight is of one byte, which XLA would widen in memory.
+Several tuners may share a device and the work: `--part 0/4` takes every fourth shape, `--lock` is
+a file that is locked while times are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.floors import Peaks
+from bench.kernel_timing import time_compiled
+from pallas_kernels import linear_mosaic as mosaic
+from pallas_kernels import linear_triton as triton
+from pallas_kernels.linear import linear, tuning_key
+
+SHAPES = {  # (out, in)
+    "7b.qkv": (12288, 4096),
+    "o": (4096, 4096),
+    "7b.gate_up": (22016, 4096),
+    "7b.down": (4096, 11008),
+    "8b.qkv": (6144, 4096),
+    "8b.gate_up": (28672, 4096),
+    "8b.down": (4096, 14336),
+}
+DTYPES = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+TUNED = ("int8", "bfloat16")  # fp8 works as int8 does
+ROTATED_BYTES = 600e6  # weights that calls rotate over: ten times the last-level cache
+Config = triton.Config | mosaic.Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape with one way to compute it; config None: XLA."""
+
+    shape: str
+    dtype: str
+    num_rows: int
+    config: Config | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return SHAPES[self.shape]
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 1
+
+    @property
+    def key(self) -> str:
+        return tuning_key(self.num_rows, *self.sizes, self.weight_bytes)
+
+    @property
+    def num_calls(self) -> int:
+        return max(3, min(24, math.ceil(ROTATED_BYTES / self.weight_bytes / math.prod(self.sizes))))
+
+    @property
+    def implementation(self) -> str:
+        if self.config is None:
+            return "xla"
+        return "mosaic" if isinstance(self.config, mosaic.Config) else "triton"
+
+    def compile(self) -> Any:
+        out_size, in_size = self.sizes
+        weight = jax.ShapeDtypeStruct((out_size, in_size), DTYPES[self.dtype])
+
+        @jax.jit
+        def call(weight: jax.Array, x: jax.Array, scale: jax.Array) -> jax.Array:
+            return linear(
+                x, weight, None if self.dtype == "bfloat16" else scale,
+                implementation=self.implementation, config=self.config,
+            )  # fmt: skip
+
+        def run(weights: list[Any], shared: tuple[Any, ...]) -> list[jax.Array]:
+            return [call(*weight, *shared) for weight in weights]
+
+        shared = (
+            jax.ShapeDtypeStruct((self.num_rows, in_size), jnp.bfloat16),
+            jax.ShapeDtypeStruct((out_size,), jnp.float32),
+        )
+        return jax.jit(run).lower([(weight,)] * self.num_calls, shared).compile()
+
+
+def mosaic_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int) -> list[Config]:
+    """Blocks that fill the device once, best filled first."""
+    wide = mosaic.WGMMA_ROWS
+    rated = []
+    swaps = (True,) if weight_bytes == 1 else (False,)
+    for swap in swaps:
+        for split in (1, 2, 4):
+            for groups in (1, 2, 3, 4) if swap else (1,):
+                one_wave = math.ceil(out_size * split / mosaic.NUM_BLOCKS / 8) * 8
+                block_out = wide if swap else min(256, one_wave)
+                if not swap and (split == 4 or one_wave > 256):
+                    continue
+                blocks = math.ceil(out_size / block_out / groups) * split
+                waves = math.ceil(blocks / mosaic.NUM_BLOCKS)
+                for block_in in (128, 256) if rows <= 64 else (128, 64):
+                    if in_size % (block_in * split):
+                        continue
+                    config = mosaic.Config(
+                        block_out=block_out, num_groups=groups, block_in=block_in,
+                        split_in=split, num_beside=1, num_stages=2, swap=swap,
+                    ).with_most_stages(rows, weight_bytes)  # fmt: skip
+                    if config is not None and config.num_stages > 2:
+                        fill = blocks / (waves * mosaic.NUM_BLOCKS)
+                        rated.append((fill - 0.03 * split - 0.05 * (waves - 1), config))
+    best = [config for _, config in sorted(rated, key=lambda r: -r[0])]
+    return [*best[:1], *(dataclasses.replace(one, overlaps=True) for one in best[:1]), *best[1:]]
+
+
+def triton_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int) -> list[Config]:
+    """Tiles with as many programs a processor as its shared memory holds, or one fewer."""
+    few = [(64, 256, 4, 3), (128, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 6)]
+    some = [(128, 64, 8, 5), (128, 128, 8, 3), (64, 128, 4, 3), (256, 64, 8, 4)]
+    found: list[Config] = []
+    for block_out, block_in, warps, stages in few if rows <= 16 else some:
+        smem = stages * block_in * (block_out * weight_bytes + max(16, min(rows, 128)) * 2) + 1024
+        resident = min(4, int(228e3 // smem), 64 // warps)
+        blocks = math.ceil(out_size / block_out) * math.ceil(rows / 128)
+        split = max(1, min(8, resident * mosaic.NUM_BLOCKS // blocks))
+        if resident and in_size // block_in >= 2 * split:
+            found.append(
+                triton.Config(
+                    block_out=block_out,
+                    block_in=block_in,
+                    split_in=split,
+                    block_rows=128,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+            )
+    return found
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """What to time, the most important first."""
+    index, parts = (int(n) for n in args.part.split("/"))
+    found: list[tuple[int, Case]] = []
+    for shape in list(args.shapes)[index::parts]:
+        for dtype in args.dtypes:
+            weight_bytes = 2 if dtype == "bfloat16" else 1
+            for rows in args.rows:
+                sizes = (*SHAPES[shape], rows, weight_bytes)
+                if rows <= mosaic.MAX_ROWS:
+                    ways = mosaic_candidates(*sizes)[: args.most]
+                    found += [(i, Case(shape, dtype, rows, way)) for i, way in enumerate(ways)]
+                if dtype != "bfloat16" and args.triton:
+                    ways = triton_candidates(*sizes)[: args.triton]
+                    found += [(i, Case(shape, dtype, rows, way)) for i, way in enumerate(ways)]
+                if rows in args.xla_rows and (dtype == "bfloat16" or rows > mosaic.MAX_ROWS):
+                    found.append((0, Case(shape, dtype, rows, None)))
+    return [case for _, case in sorted(found, key=lambda ranked: ranked[0])]
+
+
+@contextlib.contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    """Alone on the device, as far as tuners go that name the same file."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_all(found: list[Case], args: argparse.Namespace, started: float) -> list[Any]:
+    """(case, program) of those that compile within `--compile-s`; XLA's, which tune, alone."""
+
+    def compile_one(case: Case) -> Any:
+        if time.monotonic() - started > args.compile_s:
+            return "no time to compile"
+        try:
+            return case.compile()
+        except Exception as error:  # one candidate that the compiler refuses ends no search
+            return (str(error) or repr(error)).splitlines()[0][:150]
+
+    kernels = [case for case in found if case.config is not None]
+    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
+        done = list(zip(kernels, pool.map(compile_one, kernels), strict=True))
+    with locked(args.lock):
+        done += [(case, compile_one(case)) for case in found if case.config is None]
+    for case, program in done:
+        if isinstance(program, str):
+            print(f"not timed: {case}: {program}", flush=True)
+    return [(case, program) for case, program in done if not isinstance(program, str)]
+
+
+def make_weights(shape: str, dtype: str, count: int) -> list[tuple[jax.Array]]:
+    @jax.jit
+    def make(seed: jax.Array) -> jax.Array:
+        bits = jax.random.bits(jax.random.key(seed), SHAPES[shape], jnp.uint8)
+        signed = jax.lax.bitcast_convert_type(bits, jnp.int8)
+        if dtype == "int8":
+            return signed
+        return (signed.astype(jnp.bfloat16) / 64).astype(DTYPES[dtype])
+
+    return [(make(jnp.int32(seed)),) for seed in range(count)]
+
+
+def time_all(programs: list[Any], args: argparse.Namespace, started: float) -> list[dict[str, Any]]:
+    """Times of all programs, checked against float64 at some output features."""
+    results = []
+    for shape, dtype in dict.fromkeys((case.shape, case.dtype) for case, _ in programs):
+        mine = [(c, p) for c, p in programs if (c.shape, c.dtype) == (shape, dtype)]
+        with locked(args.lock):
+            if time.monotonic() - started > args.stop_s:
+                print(f"not timed: {shape} {dtype}: no time", flush=True)
+                continue
+            weights = make_weights(shape, dtype, max(case.num_calls for case, _ in mine))
+            out_size, in_size = SHAPES[shape]
+            scale = jnp.linspace(0.5, 1.5, out_size, dtype=jnp.float32)
+            some = slice(0, None, out_size // 64)
+            few = np.asarray(weights[0][0][some].astype(jnp.float32), np.float64)
+            few *= 1.0 if dtype == "bfloat16" else np.asarray(scale, np.float64)[some, None]
+            for case, program in mine:
+                rng = np.random.default_rng(0)
+                x = rng.normal(size=(case.num_rows, in_size)).astype(jnp.bfloat16)
+                shared = (jnp.asarray(x), scale)
+                calls = weights[: case.num_calls]
+                y = np.asarray(program(calls, shared)[0])[:, some].astype(np.float64)
+                want = x.astype(np.float64) @ few.T
+                error = float(np.abs(y - want).max() / np.abs(want).max())
+                seconds = time_compiled(
+                    program, calls, num_calls=case.num_calls, shared=shared, repeats=3
+                )
+                results.append({"case": case, "us": seconds * 1e6, "error": error})
+            del weights
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The table's entries: the fastest right way of each shape, where it is not XLA."""
+    entries: dict[str, dict[str, Any]] = {"linear_mosaic": {}, "linear_triton": {}}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        case = result["case"]
+        groups.setdefault(case.key, []).append(result)
+    for key, group in groups.items():
+        group.sort(key=lambda result: result["us"])
+        case = group[0]["case"]
+        num_bytes = math.prod(case.sizes) * case.weight_bytes
+        flops = 2 * case.num_rows * math.prod(case.sizes)
+        floor = Peaks().floor_s(num_bytes, flops) * 1e6
+        line = " ; ".join(f"{describe(r['case'])} {r['us']:.1f}" for r in group[:4])
+        print(f"{case.shape} {case.dtype} {case.num_rows}: floor {floor:.1f} | {line}", flush=True)
+        right = [result for result in group if result["error"] < 0.01]
+        for result in group:
+            if result not in right:
+                print(f"WRONG by {result['error']}: {result['case']}", flush=True)
+        if right and right[0]["case"].config is not None:
+            config = dataclasses.asdict(right[0]["case"].config)
+            op = f"linear_{right[0]['case'].implementation}"
+            entries[op][key] = {"config": config, "us": round(right[0]["us"], 2)}
+    return entries
+
+
+def describe(case: Case) -> str:
+    """A case's way in a word."""
+    config = case.config
+    if config is None:
+        return "xla"
+    sizes = f"{config.block_out}x{config.block_in}/{config.split_in} st{config.num_stages}"
+    if isinstance(config, triton.Config):
+        return f"t{sizes} w{config.num_warps}"
+    marks = (" ns" if not config.swap else "") + (" ov" if config.overlaps else "")
+    return f"m{config.num_groups}*{sizes} b{config.num_beside}{marks}"
+
+
+def merged(
+    path: Path, entries: dict[str, dict[str, Any]], measured: set[str]
+) -> dict[str, dict[str, Any]]:
+    """The file's table with these entries, and nothing else for the keys that were measured."""
+    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for op, found in entries.items():
+        kept = {key: entry for key, entry in held.get(op, {}).items() if key not in measured}
+        held[op] = dict(sorted((kept | found).items()))
+    return held
+
+
+def ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    words = {"type": lambda text: text.split(",")}
+    parser.add_argument("--shapes", **words, default=list(SHAPES))
+    parser.add_argument("--dtypes", **words, default=TUNED)
+    parser.add_argument("--rows", type=ints, default=[1, 16, 64, 128, 256])
+    parser.add_argument("--xla-rows", type=ints, default=[1, 16, 64, 128, 256])
+    parser.add_argument("--most", type=int, default=6, help="Mosaic candidates of each shape")
+    parser.add_argument("--triton", type=int, default=4, help="Triton candidates of each shape")
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--lock", type=Path)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument(
+        "--compile-s", type=float, default=1e9, help="seconds until which to compile"
+    )
+    parser.add_argument("--stop-s", type=float, default=1e9, help="seconds for all")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    started = time.monotonic()
+    found = cases(args)
+    programs = compile_all(found, args, started)
+    print(f"{len(programs)} of {len(found)} in {time.monotonic() - started:.1f} s", flush=True)
+    results = time_all(programs, args, started)
+    entries, measured = table(results), {result["case"].key for result in results}
+    with locked(args.lock):
+        args.out.write_text(json.dumps(merged(args.out, entries, measured), indent=1) + "\n")
+    print(f"done in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Linear layer of few rows in Pallas Mosaic GPU (Hopper): weights stream through wgmma once.
+
+A block owns some output features and one share of the input features. One warpgroup copies tiles
+into a ring in shared memory, the others multiply. Two things keep the memory the only limit: x is
+copied once for several blocks beside each other (a multicast within their cluster), for at 64 rows
+it would come from the cache as often as the weight comes from memory; and the blocks that share
+one output add up through each other's shared memory, in a fixed order, with no second kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.mosaic_blocks import Ref, interpret_params, plgpu
+
+MIN_ROWS = 8  # of a tile of x: the narrow side of a wgmma
+WGMMA_ROWS = 64  # the wide side
+MAX_ROWS = 256  # of the narrow side
+SMEM_BYTES = 227 * 1024 - 1024  # of a block, less what barriers take
+NUM_BLOCKS = 132  # that run at once on an H100 or H200
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """How one block works."""
+
+    block_out: int  # output features of a compute warpgroup
+    num_groups: int  # compute warpgroups of a block, beside each other in output features
+    block_in: int  # input features in a step of the loop
+    split_in: int  # blocks (one cluster) that share the input features
+    num_beside: int  # blocks of a cluster that share the copies of x
+    num_stages: int
+    swap: bool  # weights on the wide side of the product, x on the narrow one
+    overlaps: bool = False  # blocks may start while the last ones of the kernel before still run
+
+    def block_rows(self, num_rows: int) -> int:
+        """Rows of a tile of x: all of them."""
+        unit = MIN_ROWS if self.swap else WGMMA_ROWS
+        return pl.cdiv(num_rows, unit) * unit
+
+    def smem_bytes(self, num_rows: int, weight_bytes: int, out_bytes: int = 2) -> int:
+        """Shared memory of a block, for an x of two bytes an element."""
+        rows, block_out = self.block_rows(num_rows), self.block_out * self.num_groups
+        stage = self.block_in * (block_out * weight_bytes + rows * 2)
+        parts = (self.split_in - 1) * block_out * rows * 4
+        return self.num_stages * stage + parts + block_out * rows * out_bytes
+
+    def with_most_stages(self, num_rows: int, weight_bytes: int) -> Config | None:
+        """The deepest ring that fits, up to 8 steps; None where not even two do."""
+        for stages in range(8, 1, -1):
+            deeper = dataclasses.replace(self, num_stages=stages)
+            if deeper.smem_bytes(num_rows, weight_bytes) <= SMEM_BYTES:
+                return deeper
+        return None
+
+    @classmethod
+    def heuristic(
+        cls, *, num_rows: int, out_size: int, in_size: int, weight_bytes: int
+    ) -> Config | None:
+        """A reasonable choice where nothing was measured; None where the kernel cannot serve.
+
+        As many blocks as run at once, or a little fewer, of as many groups as that takes.
+        """
+        if num_rows > MAX_ROWS or out_size % MIN_ROWS:
+            return None
+        found: list[tuple[float, Config]] = []
+        for groups in (1, 2, 3, 4):
+            for split in (1, 2, 4):
+                if in_size % (128 * split):
+                    continue
+                config = cls(
+                    block_out=WGMMA_ROWS, num_groups=groups, block_in=128, split_in=split,
+                    num_beside=1, num_stages=2, swap=True,
+                ).with_most_stages(num_rows, weight_bytes)  # fmt: skip
+                if config is not None:
+                    blocks = pl.cdiv(out_size, groups * WGMMA_ROWS) * split
+                    waves = pl.cdiv(blocks, NUM_BLOCKS)
+                    found.append((blocks / (waves * NUM_BLOCKS) - 0.02 * split, config))
+        return max(found, key=lambda rated: rated[0])[1] if found else None
+
+
+def _transforms(row_size: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+    """How a tile lies in shared memory; rows of odd sizes lie as they are."""
+    swizzle = plgpu.find_swizzle(row_size * dtype.itemsize * 8)
+    if swizzle == 16:
+        return ()
+    return (
+        plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+
+
+def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """One-byte weights as x's dtype, exactly; float8 has no direct way on Hopper."""
+    if weight.dtype == jnp.float8_e4m3fn:
+        weight = weight.astype(jnp.float16).astype(jnp.float32)
+    return weight.astype(dtype)
+
+
+def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
+    if config.overlaps:
+        plgpu.griddepcontrol_launch_dependents()
+        plgpu.griddepcontrol_wait()
+    *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs
+    group = jax.lax.axis_index("group")
+    share = jax.lax.axis_index("share")
+    tile = jax.lax.axis_index("tile") * config.num_beside + jax.lax.axis_index("beside")
+    block_size = config.block_out * config.num_groups
+    first = tile * block_size
+    mine = pl.ds(group * config.block_out, config.block_out)
+    share_in = x_ref.shape[1] // config.split_in
+    is_converted = weight_ref.dtype != x_ref.dtype
+    delay = 0 if is_converted else 1  # products under way when a step's tiles are given back
+
+    def multiply(_: Any, weight: Ref, x: Ref, sums: Ref) -> Ref:
+        weight = weight.at[mine]
+        if is_converted:
+            plgpu.wgmma(sums, widened(weight[...], x_ref.dtype), x.T)
+        elif config.swap:
+            plgpu.wgmma(sums, weight, x.T)
+        else:
+            plgpu.wgmma(sums, x, weight.T)
+        plgpu.wgmma_wait(delay)
+        return sums
+
+    def finish(sums: jax.Array) -> None:
+        if scale_refs:
+            layout = plgpu.Layout.WGMMA.reduce(1 if config.swap else 0)
+            scale = plgpu.load(
+                scale_refs[0].at[pl.ds(first + group * config.block_out, config.block_out)],
+                layout=layout, optimized=False,
+            )  # fmt: skip
+            sums = sums * jax.lax.broadcast_in_dim(scale, sums.shape, [0 if config.swap else 1])
+        rounded = sums.astype(out_ref.dtype)
+        if config.swap:
+            out_smem.at[group].T[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
+        else:
+            out_smem.at[group][...] = rounded
+        plgpu.commit_smem()
+        rows = pl.ds(share * 0, block_rows)  # a traced start: rows past the end are not written
+        columns = pl.ds(first + group * config.block_out, config.block_out)
+        plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, columns])
+        plgpu.wait_smem_to_gmem(0)
+
+    def compute(pipeline: Any) -> None:
+        wide, narrow = config.block_out, block_rows
+        shape = (wide, narrow) if config.swap else (narrow, wide)
+
+        def accumulate(sums_ref: Ref) -> None:
+            pipeline(sums_ref)
+            sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
+            if config.split_in == 1:
+                finish(sums)
+                return
+
+            @pl.when(share > 0)
+            def send() -> None:
+                plgpu.async_store_smem(
+                    sums, parts_smem.at[share - 1, group], parts_full.at[group],
+                    cluster_idx=jnp.int32(0), cluster_dim="share", optimized=False,
+                )  # fmt: skip
+
+            @pl.when(share == 0)
+            def add_up() -> None:
+                plgpu.barrier_wait(parts_full.at[group])
+                total = sums
+                for part in range(config.split_in - 1):
+                    total = total + plgpu.load(
+                        parts_smem.at[part, group], layout=plgpu.Layout.WGMMA, optimized=False
+                    )
+                finish(total)
+
+        pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+    pipeline = plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=(share_in // config.block_in,),
+        memory_registers=40,
+        in_specs=[
+            plgpu.BlockSpec(
+                (block_size, config.block_in), lambda step: (0, step),
+                transforms=_transforms(config.block_in, weight_ref.dtype), delay_release=delay,
+            ),
+            plgpu.BlockSpec(
+                (block_rows, config.block_in), lambda step: (0, step),
+                transforms=_transforms(config.block_in, x_ref.dtype), delay_release=delay,
+                collective_axes=("beside",) if config.num_beside > 1 else (),
+            ),
+        ],
+        wg_axis="group",
+        num_compute_wgs=config.num_groups,
+        max_concurrent_steps=config.num_stages,
+        compute_context=compute,
+    )  # fmt: skip
+    columns = pl.ds(share * share_in, share_in)
+    rows = pl.ds(share * 0, block_rows)  # rows past the end read as zeros
+    pipeline(weight_ref.at[pl.ds(first, block_size), columns], x_ref.at[rows, columns])
+
+
+def linear_mosaic(
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array | None,
+    out_dtype: jnp.dtype,
+    *,
+    config: Config,
+    interpret: bool = False,
+) -> jax.Array:
+    """`linear` in Mosaic GPU."""
+    (num_rows, in_size), out_size = x.shape, weight.shape[0]
+    if in_size % (config.split_in * config.block_in) or num_rows > MAX_ROWS:
+        raise NotImplementedError(f"x {x.shape} and weight {weight.shape} with {config}")
+    out_dtype = jnp.dtype(out_dtype)
+    if interpret:  # the interpreter's wgmma takes no operand from registers
+        weight = weight.astype(x.dtype)
+    block_rows = config.block_rows(num_rows)
+    block_size = config.block_out * config.num_groups
+    wide, narrow = config.block_out, block_rows
+    part = (wide, narrow) if config.swap else (narrow, wide)
+    num_parts = max(1, config.split_in - 1)
+    split = config.split_in > 1
+    out: jax.Array = plgpu.kernel(
+        functools.partial(_kernel, config=config, block_rows=block_rows),
+        out_type=jax.ShapeDtypeStruct((num_rows, out_size), out_dtype),
+        grid=(pl.cdiv(out_size, block_size * config.num_beside),),
+        grid_names=("tile",),
+        cluster=(config.num_beside, config.split_in),
+        cluster_names=("beside", "share"),
+        num_threads=config.num_groups + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        scratch_types=[
+            plgpu.SMEM(
+                (config.num_groups, block_rows, config.block_out), out_dtype,
+                transforms=_transforms(config.block_out, out_dtype),
+            ),
+            plgpu.SMEM((num_parts, config.num_groups, *part) if split else (8,), jnp.float32),
+            plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
+        ],
+        kernel_name="linear",
+        interpret=interpret_params(interpret),
+    )(x, weight, *(() if scale is None else (scale,)))  # fmt: skip
+    return out

@@ -1,0 +1,78 @@
+"""Gate (c) of the linear layer: compiled on a GPU, at real shapes, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import linear_mosaic as mosaic
+from pallas_kernels.linear import linear
+from tests.pallas_kernels.tolerances import assert_close, tensor_core_accumulation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+WEIGHTS = {"bfloat16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+SIZES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (6144, 4096), (28672, 4096),
+         (4096, 14336)]  # fmt: skip
+EVERY = 61  # output features that are compared, of all; and the last
+
+
+def is_hopper() -> bool:
+    return "H100" in jax.devices()[0].device_kind or "H200" in jax.devices()[0].device_kind
+
+
+def check(weight: str, sizes: tuple[int, int], num_rows: int, **keywords: Any) -> None:
+    """The op agrees with float64 on some output features, and with itself on all."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(num_rows, sizes[1])).astype(jnp.bfloat16))
+    bits = jax.random.randint(jax.random.key(1), sizes, -127, 128, jnp.int8)
+    w = bits if weight == "int8" else (bits.astype(jnp.bfloat16) / 64).astype(WEIGHTS[weight])
+    scale = jnp.asarray(rng.uniform(0.5, 2, sizes[0]).astype(np.float32))
+    arrays = (x, w) if weight == "bfloat16" else (x, w, scale)
+    run = jax.jit(lambda *arrays: linear(*arrays, **keywords))
+    got = np.asarray(run(*arrays))
+    assert got.tobytes() == np.asarray(run(*arrays)).tobytes()
+    places = np.append(np.arange(0, sizes[0], EVERY), sizes[0] - 1)
+    want = np.asarray(x, np.float64) @ np.asarray(w[places].astype(jnp.float32), np.float64).T
+    if weight != "bfloat16":
+        want = want * np.asarray(scale, np.float64)[places]
+    assert_close(got[:, places], want, accumulation=tensor_core_accumulation(sizes[1]))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 64, 100, 128, 256, 600])
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+def test_what_an_engine_would_run_agrees_with_the_oracle(
+    weight: str, num_rows: int, implementation: str
+) -> None:
+    if implementation == "mosaic" and not is_hopper():
+        pytest.skip("wgmma is Hopper's")
+    for sizes in SIZES:
+        check(weight, sizes, num_rows, implementation=implementation)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("split_in", [1, 2, 4])
+@pytest.mark.parametrize("num_beside", [1, 2])
+def test_shares_that_add_up_in_a_cluster_agree_with_the_oracle(
+    weight: str, split_in: int, num_beside: int
+) -> None:
+    if not is_hopper():
+        pytest.skip("clusters are Hopper's")
+    config = mosaic.Config(
+        block_out=64, num_groups=2, block_in=128, split_in=split_in, num_beside=num_beside,
+        num_stages=3, swap=True,
+    )  # fmt: skip
+    for num_rows in (1, 40, 64):
+        # 4160 output features: the last blocks lie partly past the end
+        check(weight, (4160, 4096), num_rows, implementation="mosaic", config=config)
+    if weight == "bfloat16":
+        beside = dataclasses.replace(config, block_out=32, num_groups=1, swap=False)
+        check(weight, (4160, 4096), 64, implementation="mosaic", config=beside)
