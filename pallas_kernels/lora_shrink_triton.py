@@ -33,6 +33,8 @@ from pallas_kernels.triton_blocks import (
 )
 from pallas_kernels.tuning_table import shape_key, tuned
 
+WIDE = 8192  # columns; x and some rows of A in registers leave room for no more
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -48,13 +50,15 @@ class Config:
 
     @classmethod
     def heuristic(
-        cls, *, num_tokens: int, num_modules: int, block_rows: int, num_rows: int
+        cls, *, num_tokens: int, num_modules: int, block_rows: int, num_rows: int, width: int
     ) -> Config:
         """A reasonable choice where nothing was measured: work for every multiprocessor."""
         if block_rows == 1:
             wanted = max(1, NUM_PROGRAMS // (num_tokens * num_modules))
-            shares = min(16, max(4, 1 << (wanted.bit_length() - 1)), -(-num_rows // 4))
-            return cls(num_shares=shares, num_warps=8)
+            row_ranks = 4 if width <= WIDE else 2
+            most = -(-num_rows // row_ranks)
+            shares = min(16, max(4, 1 << (wanted.bit_length() - 1)), most)
+            return cls(num_shares=shares, num_warps=8, row_ranks=row_ranks)
         num_tiles = -(-num_tokens // block_rows) * num_modules
         shares = min(4, 1 << (max(1, NUM_TILE_PROGRAMS // num_tiles).bit_length() - 1))
         ranks = max(MIN_DOT, min(64 // shares, next_power_of_2(num_rows)))
@@ -260,8 +264,9 @@ def find_config(
         "num_modules": num_modules,
         "block_rows": block_rows,
         "num_rows": num_rows,
+        "width": width,
     }
-    key = shape_key(width=width, **sizes)
+    key = shape_key(**sizes)
     return key, tuned("lora_shrink", key, Config) or Config.heuristic(**sizes)
 
 

@@ -1,6 +1,7 @@
 """Kernel configurations that were measured, one JSON file a device kind; heuristics serve the rest.
 
-A file is `{op: {shape key: {"config": {field: value}, "us": measured microseconds}}}`.
+A file is `{op: {shape key: {"config": {field: value}, "us": measured microseconds}}}`,
+where "us" may be `{rank: microseconds}`.
 """
 
 from __future__ import annotations

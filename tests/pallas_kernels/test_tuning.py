@@ -31,12 +31,18 @@ def test_lora_entries_are_configurations_with_what_was_measured(path: Path) -> N
 def test_small_batches_get_as_many_programs_as_large_ones() -> None:
     shrink, expand = lora_shrink_triton.Config.heuristic, lora_expand_triton.Config.heuristic
     for rows in (1, 8, 64, 256):
-        sizes = {"num_tokens": rows, "num_modules": 3, "block_rows": 1, "num_rows": 64}
+        sizes = {
+            "num_tokens": rows,
+            "num_modules": 3,
+            "block_rows": 1,
+            "num_rows": 64,
+            "width": 4096,
+        }
         programs = shrink(**sizes).num_shares * rows * 3
         assert programs >= min(48 * rows, 768)
         blocks = 96 // expand(num_tokens=rows, block_rows=1, width=12288).block_chunks
         assert blocks * rows >= min(96 * rows, 768)
-    tiles = shrink(num_tokens=2048, num_modules=3, block_rows=64, num_rows=64)
+    tiles = shrink(num_tokens=2048, num_modules=3, block_rows=64, num_rows=64, width=4096)
     assert (tiles.num_shares, tiles.tile_ranks) == (1, 64)  # 96 programs without dividing
-    narrow = shrink(num_tokens=2048, num_modules=1, block_rows=64, num_rows=64)
+    narrow = shrink(num_tokens=2048, num_modules=1, block_rows=64, num_rows=64, width=4096)
     assert (narrow.num_shares, narrow.tile_ranks) == (4, 16)
