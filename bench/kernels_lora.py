@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 
 from bench.floors import Peaks, limit_s
 from bench.kernel_timing import time_compiled_chain
-from bench.lora_inputs import Adapters, cut_tiles, make_adapters
+from bench.lora_inputs import Adapters, common_tables, cut_tiles, fill_pool, make_adapters
 from bench.record import command, commit, record
 from bench.summary import target
 from pallas_kernels.lora_expand import lora_expand
@@ -118,12 +118,9 @@ def prefill_cases() -> Iterator[Case]:
                     )  # fmt: skip
 
 
-def prepare(case: Case, adapters: Adapters, kernels: str) -> Callable[[], float]:
-    """Compile a case's program of many layers; the result times it, in seconds a layer."""
-    groups = GROUPS[case.group]
-    tiles = step_tiles(case, adapters)
-    in_sizes = [case.shape.module_sizes(modules[0])[0] for modules in groups]
-    out_sizes = [tuple(case.shape.module_sizes(m)[1] for m in modules) for modules in groups]
+def compile_layers(case: Case, adapters: Any, kernels: str) -> Any:
+    """A program of many layers, `(base, x, *adapters) -> base`; adapters may be shapes."""
+    groups, out_sizes = GROUPS[case.group], _out_sizes(case)
 
     @jax.jit  # lowered once for all layers
     def one_layer(index: Any, base: Any, x: Any, *adapters: Any) -> Any:
@@ -146,13 +143,19 @@ def prepare(case: Case, adapters: Adapters, kernels: str) -> Callable[[], float]
             base = one_layer(jnp.int32(index), base, *arguments)
         return base
 
-    def start() -> list[jax.Array]:
-        return [jnp.zeros((case.num_rows, sum(sizes)), jnp.bfloat16) for sizes in out_sizes]
+    base, x = jax.eval_shape(lambda: rows_of(case))
+    return jax.jit(layers, donate_argnums=0).lower(base, x, *adapters).compile()
 
-    x = [jnp.full((case.num_rows, size), 1e-3, jnp.bfloat16) for size in in_sizes]
-    arguments = (x, adapters.pool, adapters.slot_pages, tiles)
-    program = jax.jit(layers, donate_argnums=0).lower(start(), *arguments).compile()
-    return lambda: time_compiled_chain(program, start(), arguments, case.num_layers)
+
+def _out_sizes(case: Case) -> list[tuple[int, ...]]:
+    return [tuple(case.shape.module_sizes(m)[1] for m in ms) for ms in GROUPS[case.group]]
+
+
+def rows_of(case: Case) -> tuple[list[jax.Array], list[jax.Array]]:
+    """(base, x) of each group of modules."""
+    widths = [case.shape.module_sizes(modules[0])[0] for modules in GROUPS[case.group]]
+    base = [jnp.zeros((case.num_rows, sum(sizes)), jnp.bfloat16) for sizes in _out_sizes(case)]
+    return base, [jnp.full((case.num_rows, width), 1e-3, jnp.bfloat16) for width in widths]
 
 
 def batch_slots(case: Case) -> np.ndarray:
@@ -170,10 +173,6 @@ def step_tiles(case: Case, adapters: Adapters) -> LoraTiles:
     block_rows = DECODE_BLOCK_ROWS if case.is_decode else MIXED_BLOCK_ROWS
     capacity = case.num_rows if case.is_decode else case.num_rows // block_rows + SPARE_TILES
     return cut_tiles(batch_slots(case), adapters, block_rows=block_rows, capacity=capacity)
-
-
-def world_key(case: Case) -> tuple[Any, ...]:
-    return case.model, case.group, case.rank, case.num_slots, case.num_layers, case.num_sets
 
 
 def make_world(case: Case) -> Adapters:
@@ -204,14 +203,31 @@ def judge(case: Case, adapters: Adapters, seconds: float, peaks: Peaks) -> dict[
 def measure(
     cases: list[Case], peaks: Peaks, *, kernels: str = "triton", num_threads: int = 8
 ) -> Iterator[dict[str, Any]]:
-    """Programs are compiled by several threads, and timed alone, once all are there."""
-    worlds = {world_key(case): make_world(case) for case in cases}
+    """Rows of results. Cases of one shape share a program; all are compiled before any is timed."""
+    families: dict[Any, list[Case]] = {}
+    for case in cases:
+        key = (case.model, case.group, case.num_rows, case.num_layers)
+        families.setdefault(key, []).append(case)
+    worlds = {case: make_world(case) for case in cases}
+    pools, tables = {}, {}
+    for key, members in families.items():
+        pools[key], padded = common_tables([worlds[case] for case in members])
+        tables |= dict(zip(members, padded, strict=True))
+
+    def compile_family(key: Any) -> Any:
+        case = families[key][0]
+        pool = jax.ShapeDtypeStruct((pools[key], case.shape.page_elems), jnp.bfloat16)
+        return compile_layers(case, (pool, tables[case], step_tiles(case, worlds[case])), kernels)
+
     with ThreadPoolExecutor(num_threads) as compilers:
-        timers = list(
-            compilers.map(lambda case: prepare(case, worlds[world_key(case)], kernels), cases)
-        )
-    for case, timer in zip(cases, timers, strict=True):
-        yield judge(case, worlds[world_key(case)], timer(), peaks)
+        programs = list(compilers.map(compile_family, families))
+    for (key, members), program in zip(families.items(), programs, strict=True):
+        pool = fill_pool(pools[key], members[0].shape.page_elems)
+        for case in members:
+            base, x = rows_of(case)
+            arguments = (x, pool, jnp.asarray(tables[case]), step_tiles(case, worlds[case]))
+            seconds = time_compiled_chain(program, base, arguments, case.num_layers)
+            yield judge(case, worlds[case], seconds, peaks)
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

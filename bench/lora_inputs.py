@@ -28,8 +28,8 @@ class Adapters:
     shape: ModelShape
     ranks: tuple[int, ...]
     modules: tuple[int, ...]
-    pool: jax.Array
-    slot_pages: jax.Array
+    num_pages: int  # the pages that slots name are below it
+    slot_pages: np.ndarray  # i32 [S, pages]
     segments: np.ndarray  # i32 [L, S, 7, 4]
 
     def num_bytes(self, slots: Sequence[int] | np.ndarray, modules: Sequence[int]) -> int:
@@ -47,7 +47,7 @@ def make_adapters(
     num_layers: int,
     num_sets: int,
 ) -> Adapters:
-    """Adapters in a bfloat16 pool that holds nothing else, their pages in random order.
+    """Adapters in a pool that holds nothing else, their pages in random order.
 
     One pool stands for the pools of all layers: an adapter's run holds `num_sets` layers.
     """
@@ -72,13 +72,27 @@ def make_adapters(
         shape=shape,
         ranks=tuple(ranks),
         modules=tuple(modules),
-        pool=_fill(taken + 1, shape.page_elems),
-        slot_pages=jnp.asarray(slot_pages),
+        num_pages=taken + 1,
+        slot_pages=slot_pages,
         segments=segments[np.arange(num_layers) % num_sets],
     )
 
 
-def _fill(num_pages: int, page_elems: int) -> jax.Array:
+def common_tables(worlds: Sequence[Adapters]) -> tuple[int, list[np.ndarray]]:
+    """Pages of a pool for any of them, and their tables padded to one shape: for one program."""
+    tables = [adapters.slot_pages for adapters in worlds]
+    num_slots = max(table.shape[0] for table in tables)
+    width = max(table.shape[1] for table in tables)
+    padded = [
+        np.pad(table, ((0, num_slots - table.shape[0]), (0, width - table.shape[1])))
+        for table in tables
+    ]
+    return max(adapters.num_pages for adapters in worlds), padded
+
+
+def fill_pool(num_pages: int, page_elems: int) -> jax.Array:
+    """A bfloat16 pool of arbitrary small numbers."""
+
     def fill() -> jax.Array:
         page = jax.lax.broadcasted_iota(jnp.int32, (num_pages, page_elems), 0)
         place = jax.lax.broadcasted_iota(jnp.int32, (num_pages, page_elems), 1)

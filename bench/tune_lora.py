@@ -14,8 +14,8 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from bench.kernel_timing import time_compiled_chain
 from bench.kernels_lora import GROUPS, MAX_RANK, Case, make_world, step_tiles
-from bench.lora_inputs import Adapters
+from bench.lora_inputs import Adapters, common_tables, fill_pool
 from pallas_kernels import lora_expand_triton, lora_shrink_triton
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -84,13 +84,14 @@ def candidates(search: Search) -> Iterator[Config]:
             yield expand(block_chunks=chunks, tile_ranks=ranks, tile_columns=columns, num_warps=4)
 
 
-def compile_op(search: Search, case: Case, adapters: Adapters, config: Any) -> Callable[[], float]:
-    """Compile one op over many layers; the result times it, in seconds a call.
+def compile_op(search: Search, adapters: Any, config: Any) -> Any:
+    """A program of one op over many layers, `(y, x, v, *adapters) -> y`; adapters may be shapes.
 
     Shrink is timed with the expand that reads it: a program that returned what every layer's shrink
     makes would spend its time on allocating results.
     """
-    num_rows, modules = case.num_rows, search.modules
+    case = search.case
+    modules = search.modules
     sizes = [case.shape.module_sizes(module) for module in modules]
     out_sizes = tuple(size_out for _, size_out in sizes)
 
@@ -115,18 +116,20 @@ def compile_op(search: Search, case: Case, adapters: Adapters, config: Any) -> C
             y = one_layer(jnp.int32(i), y, *arguments)
         return y
 
-    def start() -> jax.Array:
-        return jnp.zeros((num_rows, sum(out_sizes)), jnp.bfloat16)
+    rows = jax.eval_shape(lambda: rows_of(search))
+    return jax.jit(layers, donate_argnums=0).lower(*rows, *adapters).compile()
 
-    arguments = (
+
+def rows_of(search: Search) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(y, x, v)."""
+    num_rows, modules = search.case.num_rows, search.modules
+    sizes = [search.case.shape.module_sizes(module) for module in modules]
+    width = sum(size_out for _, size_out in sizes)
+    return (
+        jnp.zeros((num_rows, width), jnp.bfloat16),
         jnp.full((num_rows, sizes[0][0]), 1e-3, jnp.bfloat16),
         jnp.full((num_rows, len(modules), MAX_RANK), 1e-3, jnp.float32),
-        adapters.pool,
-        adapters.slot_pages,
-        step_tiles(case, adapters),
     )
-    program = jax.jit(layers, donate_argnums=0).lower(start(), *arguments).compile()
-    return lambda: time_compiled_chain(program, start(), arguments, case.num_layers)
 
 
 def search_one(search: Search, compilers: ThreadPoolExecutor) -> tuple[str, dict[str, Any]]:
@@ -134,20 +137,20 @@ def search_one(search: Search, compilers: ThreadPoolExecutor) -> tuple[str, dict
     ranks = DECODE_RANKS if search.case.is_decode else PREFILL_RANKS
     cases = [dataclasses.replace(search.case, rank=rank) for rank in ranks]
     worlds = [make_world(case) for case in cases]
-    tried: list[tuple[Config, list[Future[Callable[[], float]]]]] = [
-        (
-            config,
-            [
-                compilers.submit(compile_op, search, case, world, config)
-                for case, world in zip(cases, worlds, strict=True)
-            ],
-        )
-        for config in candidates(search)
-    ]
+    num_pages, tables = common_tables(worlds)
+    page_elems = search.case.shape.page_elems
+    tiles = [step_tiles(case, world) for case, world in zip(cases, worlds, strict=True)]
+    shapes = (jax.ShapeDtypeStruct((num_pages, page_elems), jnp.bfloat16), tables[0], tiles[0])
+    tried = list(candidates(search))
+    programs = list(compilers.map(lambda config: compile_op(search, shapes, config), tried))
+    pool = fill_pool(num_pages, page_elems)
     best: tuple[float, Config, list[float]] | None = None
-    finished = [(config, [timer.result() for timer in timers]) for config, timers in tried]
-    for config, timers in finished:
-        seconds = [timer() for timer in timers]
+    for config, program in zip(tried, programs, strict=True):
+        seconds = []
+        for table, cut in zip(tables, tiles, strict=True):
+            y, x, v = rows_of(search)
+            arguments = (x, v, pool, jnp.asarray(table), cut)
+            seconds.append(time_compiled_chain(program, y, arguments, search.case.num_layers))
         score = math.prod(seconds)
         if best is None or score < best[0]:
             best = score, config, seconds

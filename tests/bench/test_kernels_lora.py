@@ -56,3 +56,16 @@ def test_targets_compare_what_they_are_about() -> None:
     assert (shared["target"], shared["met"]) == ("at most 10", False)
     prefill = found["LoRA prefill, llama-7b, 2048 tokens, rank 16, 1 to 64 adapters"]
     assert (prefill["number"], prefill["measured"], prefill["met"]) == ("2", 60.0, False)
+
+
+def test_cases_of_one_shape_share_a_program_and_keep_their_own_adapters() -> None:
+    cases = [
+        Case(
+            model="demo", group="attention", num_rows=6, rank=rank, popularity="distinct",
+            num_slots=num_slots, num_layers=2,
+        )
+        for rank, num_slots in (("8", 2), ("64", 6))
+    ]  # fmt: skip
+    small, large = measure(cases, Peaks(), kernels="xla", num_threads=1)
+    assert (small["rank"], large["rank"]) == ("8", "64")
+    assert large["floor_us"] == pytest.approx(24 * small["floor_us"], rel=0.2)
