@@ -56,7 +56,7 @@ class Config:
         return cls(
             extra_parts=0 if is_whole else min(max(wanted, 1), possible),
             min_part=MIN_PART,
-            heads_first=False,
+            heads_first=True,
             edges_apart=True,
             block_kv=64,
             num_warps=4,
@@ -83,6 +83,7 @@ class Rows(NamedTuple):
     rows: Ref
     lengths: Ref
     window: Ref  # [1]
+    num_rows: Ref  # [1]; those after it have length 0
 
 
 class Parts(NamedTuple):
@@ -93,9 +94,16 @@ class Parts(NamedTuple):
     begin: Ref  # first position
     end: Ref  # after the last one
     siblings: Ref  # parts of the same token, itself included
+    num_parts: Ref  # [1]; those after it are of rows of length 0, or none
     cut_token: Ref  # [C] tokens of more than one part, then B
     first_of: Ref  # [C] the first part of such a token
     count_of: Ref  # [C] its parts
+
+
+def count_rows(lengths: jax.Array) -> jax.Array:
+    """Rows up to the last one that has a length, i32 `[1]`."""
+    number = jnp.arange(1, len(lengths) + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(lengths > 0, number, 0), keepdims=True, initial=0)
 
 
 def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config: Config) -> Parts:
@@ -113,6 +121,7 @@ def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config:
     ends = jnp.cumsum(count, dtype=jnp.int32)
     first = ends - count
 
+    is_counted = jnp.arange(num_rows, dtype=jnp.int32) < count_rows(lengths)
     part = jnp.arange(num_rows + config.extra_parts, dtype=jnp.int32)
     token = _place_in(ends, part)
     index = jnp.minimum(token, num_rows - 1)
@@ -126,6 +135,7 @@ def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config:
         begin=jnp.maximum(begin[index], from_block * config.block_kv),
         end=jnp.minimum(lengths[index], (from_block + part_blocks) * config.block_kv),
         siblings=count[index],
+        num_parts=jnp.sum(jnp.where(is_counted, count, 0), dtype=jnp.int32, keepdims=True),
         cut_token=cut_token,
         first_of=first[cut_index],
         count_of=count[cut_index],
@@ -229,7 +239,9 @@ def _attend_kernel(
     def take_turn(turn: jax.Array, _: None) -> None:
         attend_one(first_part + turn * num_programs)
 
-    turns = pl.cdiv(num_parts - first_part, num_programs)
+    # rows without a length at the end are left out, as the op allows for a longer step
+    num_real = (rows.num_rows if parts is None else parts.num_parts)[0]
+    turns = pl.cdiv(jnp.maximum(0, num_real - first_part), num_programs)
     jax.lax.fori_loop(jnp.int32(0), turns, take_turn, None)
 
 
@@ -333,7 +345,7 @@ def decode_attention_triton(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1)), parts)
+    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1), count_rows(lengths)), parts)
     if parts:
         out = triton_call(
             functools.partial(_join_kernel, num_rows=num_rows),
