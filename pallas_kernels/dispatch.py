@@ -117,4 +117,4 @@ def mosaic_refusal(op: str, device_kind: str, shape: KernelShape) -> str | None:
 
 def unknown_implementation(implementation: str) -> ValueError:
     """The error of an op that was asked for an implementation it does not have."""
-    return ValueError(f"implementation {implementation!r} is not one of those that this op has")
+    return ValueError(f"implementation {implementation!r} is not one that this op has")
