@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ DECODE_SHARE = {"llama-7b": 0.9, "llama-3.1-8b": 0.8}  # of read bandwidth
 PREFILL_SHARE = 0.6  # of the matmul rate
 MAX_KV_BYTES = 40e9
 BATCHES = (1, 8, 64, 256)  # 8 rows run in the bucket of 16
-CONTEXTS = (128, 512, 525, 2048, 8192, 32768)
+CONTEXTS = (128, 512, 2048, 8192, 32768)
+FIRST = ("decode 64 x 512", "prefill 8192", "decode 64 x 525")  # should time run out
 PROMPTS = (512, 2048, 8192)
 LONG_PREFILL = 8192  # tokens, those cached included
 COMPILERS = 14  # threads
@@ -48,6 +50,7 @@ def decode_batches(model: str) -> list[Batch]:
         for rows in BATCHES
         for context in CONTEXTS
     ]
+    batches.append(Batch(name="decode 64 x 525", model=model, contexts=(525,) * 64))
     lengths = np.random.default_rng(0).integers(16, 4096, size=64).tolist()
     batches.append(Batch(name="decode 64 x 16..4096", model=model, contexts=tuple(lengths)))
     skewed = (32768, *(512,) * 63)
@@ -108,7 +111,7 @@ def measure(batch: Batch, program: Any, implementation: str | None, peaks: Peaks
     """One batch's time, floor and whether it meets its target; short prefill has none."""
     ragged = chosen_kernels(batch.model, implementation)[1]
     inputs, shared = make_inputs(batch, BLOCK_Q[ragged])
-    seconds = time_compiled(program, inputs, num_calls=len(inputs), shared=shared)
+    seconds = time_compiled(program, inputs, num_calls=len(inputs), shared=shared, repeats=3)
     floor = batch.floor_s(peaks)
     share = PREFILL_SHARE if batch.chunks else DECODE_SHARE[batch.model]
     is_judged = not batch.chunks or (not batch.contexts and max(batch.ends) >= LONG_PREFILL)
@@ -168,13 +171,16 @@ def main() -> None:
     parser.add_argument("--implementation", help="of both kernels; default: the engine's choice")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no repository to ask")
+    parser.add_argument("--seconds", type=float, default=25, help="after these no batch is begun")
     args = parser.parse_args()
+    started = time.perf_counter()
     batches = [
         batch
         for model in args.models
         for batch in decode_batches(model) + prefill_batches(model)
         if not args.only or any(part in batch.name for part in args.only)
     ]
+    batches.sort(key=lambda batch: batch.name not in FIRST)
     with ThreadPoolExecutor(COMPILERS) as pool:
         programs = list(pool.map(lambda batch: compiled(batch, args.implementation), batches))
     peaks = measure_peaks()
@@ -182,6 +188,9 @@ def main() -> None:
     for batch, program in zip(batches, programs, strict=True):
         if isinstance(program, Exception):
             print(f"{batch.model:14} {batch.name:32} {str(program).splitlines()[0]}", flush=True)
+            continue
+        if time.perf_counter() - started > args.seconds:
+            print(f"{batch.model:14} {batch.name:32} left out for lack of time", flush=True)
             continue
         case = measure(batch, program, args.implementation, peaks)
         cases.append(case)

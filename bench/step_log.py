@@ -82,7 +82,7 @@ class StepLog:
         runner.execute = self._execute  # type: ignore[method-assign]
 
     def _execute(self, batch: ScheduledBatch) -> Any:
-        bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
+        bucket = self._buckets.pick(batch.num_tokens, batch.is_decode, batch.chunks)
         self._current = (bucket.name, batch.num_tokens)
         return self._inner(batch)
 

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,8 @@ from pallas_kernels.shapes import MODELS
 from pallas_kernels.tuning_table import device_kind
 
 TABLES = Path("pallas_kernels/tuning")
-DECODE_ROWS = (64, 1, 16, 256, 4, 128)  # the engine's buckets, the most telling ones first
+DECODE_ROWS = (1, 16, 64, 256, 4, 128)  # the engine's buckets, the most telling ones first
+FEW_ROWS = 16  # up to here, the time is that of one program after the other
 MAX_KV_BYTES = 12e9
 COMPILERS = 14  # threads
 
@@ -71,22 +73,18 @@ def decode_shape(model: str, rows: int, max_length: int) -> Shape:
 def decode_configs(
     rows: int, num_kv_heads: int, *, is_long: bool
 ) -> Iterable[decode_triton.Config]:
-    programs = rows * num_kv_heads
     extras = [] if is_long else [0]
-    if is_long or programs < 2048:
+    if is_long or rows * num_kv_heads < 2048:
         extras += [max(1, 528 // num_kv_heads)]
-    if programs < 1024:
-        extras += [max(1, 1056 // num_kv_heads)]
-    loops = [(True, 64, 4, 3), (False, 64, 4, 3), (True, 64, 4, 6), (False, 32, 4, 8)]
+    loops = [(True, 64, 4, 3), (True, 64, 4, 6), (False, 32, 4, 8)]
     for extra in extras:
-        for min_part in (128, 256) if extra and rows <= 16 else (256,):
+        for min_part in (128, 256) if extra and rows <= FEW_ROWS else (256,):
             for edges_apart, block_kv, num_warps, num_stages in loops:
-                for heads_first in (False, True) if rows >= 64 else (False,):
-                    yield decode_triton.Config(
-                        extra_parts=extra, min_part=min_part, heads_first=heads_first,
-                        edges_apart=edges_apart, block_kv=block_kv, num_warps=num_warps,
-                        num_stages=num_stages,
-                    )  # fmt: skip
+                yield decode_triton.Config(
+                    extra_parts=extra, min_part=min_part, heads_first=True,
+                    edges_apart=edges_apart, block_kv=block_kv, num_warps=num_warps,
+                    num_stages=num_stages,
+                )  # fmt: skip
 
 
 def ragged_shapes(model: str) -> list[Shape]:
@@ -193,16 +191,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the fastest ones")
     parser.add_argument("--tables", type=Path, default=TABLES)
     parser.add_argument("--rows", type=int, nargs="*", default=list(DECODE_ROWS))
+    parser.add_argument("--long", action="store_true", help="also where rows may be long")
+    parser.add_argument("--seconds", type=float, help="after these no other shape is begun")
     args = parser.parse_args()
+    started = time.perf_counter()
     shapes = [
         decode_shape(model, rows, max_length)
         for rows in args.rows
         for max_length in (decode_triton.LONGEST_WHOLE, 4 * decode_triton.LONGEST_WHOLE)
+        if args.long or max_length == decode_triton.LONGEST_WHOLE
         for model in args.models
     ]
     shapes += [shape for model in args.models for shape in ragged_shapes(model)]
     for shape in shapes:
         if args.only and not any(part in f"{shape.op} {shape.key}" for part in args.only):
+            continue
+        if args.seconds is not None and time.perf_counter() - started > args.seconds:
+            print(f"left out for lack of time: {shape.op} {shape.key}", flush=True)
             continue
         print(f"{shape.op} {shape.key}", flush=True)
         entry = tune(shape)

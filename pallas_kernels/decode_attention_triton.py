@@ -1,7 +1,7 @@
 """Flash-decoding in Pallas-Triton: one program a part of a row's context and a kv head.
 
-How rows are cut into parts is decided on the device, from their lengths: `cut_contexts`. A row of
-one part is finished by its program; the running softmaxes of others are joined by a second kernel.
+How rows are cut is decided on the device (`decode_parts.py`). A row of one part is finished by its
+program; the running softmaxes of others are joined by a second kernel.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pallas_kernels.attention_blocks import (
     whole_blocks,
     window_blocks,
 )
+from pallas_kernels.decode_parts import Parts, count_rows, cut_contexts
 from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_call
 from pallas_kernels.tuning_table import shape_key, tuned
 
@@ -56,7 +57,7 @@ class Config:
         return cls(
             extra_parts=0 if is_whole else min(max(wanted, 1), possible),
             min_part=MIN_PART,
-            heads_first=False,
+            heads_first=True,
             edges_apart=True,
             block_kv=64,
             num_warps=4,
@@ -83,58 +84,7 @@ class Rows(NamedTuple):
     rows: Ref
     lengths: Ref
     window: Ref  # [1]
-
-
-class Parts(NamedTuple):
-    """Cuts of the rows' contexts, i32 `[P]` unless said; inside a kernel, references to them."""
-
-    token: Ref  # B where there is no part
-    row: Ref  # of the page table
-    begin: Ref  # first position
-    end: Ref  # after the last one
-    siblings: Ref  # parts of the same token, itself included
-    cut_token: Ref  # [C] tokens of more than one part, then B
-    first_of: Ref  # [C] the first part of such a token
-    count_of: Ref  # [C] its parts
-
-
-def cut_contexts(rows: jax.Array, lengths: jax.Array, window: jax.Array, config: Config) -> Parts:
-    """Parts of nearly equal length, at most `extra_parts` more than rows, at least one a row.
-
-    All layers of a step cut alike: the compiler computes this once.
-    """
-    num_rows = len(rows)
-    begin = jnp.maximum(0, lengths - window)
-    first_block, last_block = window_blocks(begin, lengths, config.block_kv)
-    blocks = last_block - first_block
-    fair_blocks = pl.cdiv(jnp.sum(blocks, dtype=jnp.int32), config.extra_parts)
-    part_blocks = jnp.maximum(fair_blocks, max(1, config.min_part // config.block_kv))
-    count = jnp.maximum(1, pl.cdiv(blocks, part_blocks))
-    ends = jnp.cumsum(count, dtype=jnp.int32)
-    first = ends - count
-
-    part = jnp.arange(num_rows + config.extra_parts, dtype=jnp.int32)
-    token = _place_in(ends, part)
-    index = jnp.minimum(token, num_rows - 1)
-    from_block = first_block[index] + (part - first[index]) * part_blocks
-    cut = jnp.arange(min(num_rows, config.extra_parts), dtype=jnp.int32)
-    cut_token = _place_in(jnp.cumsum(count > 1, dtype=jnp.int32), cut)
-    cut_index = jnp.minimum(cut_token, num_rows - 1)
-    return Parts(
-        token=token,
-        row=rows[index],
-        begin=jnp.maximum(begin[index], from_block * config.block_kv),
-        end=jnp.minimum(lengths[index], (from_block + part_blocks) * config.block_kv),
-        siblings=count[index],
-        cut_token=cut_token,
-        first_of=first[cut_index],
-        count_of=count[cut_index],
-    )
-
-
-def _place_in(ends: jax.Array, number: jax.Array) -> jax.Array:
-    """Of each number, the first place whose end (ascending) lies above it; len(ends) if none."""
-    return jnp.sum(ends[None, :] <= number[:, None], axis=1, dtype=jnp.int32)
+    num_rows: Ref  # [1]; those after it have length 0
 
 
 def _attend_kernel(
@@ -229,7 +179,9 @@ def _attend_kernel(
     def take_turn(turn: jax.Array, _: None) -> None:
         attend_one(first_part + turn * num_programs)
 
-    turns = pl.cdiv(num_parts - first_part, num_programs)
+    # rows without a length at the end are left out, as the op allows for a longer step
+    num_real = (rows.num_rows if parts is None else parts.num_parts)[0]
+    turns = pl.cdiv(jnp.maximum(0, num_real - first_part), num_programs)
     jax.lax.fori_loop(jnp.int32(0), turns, take_turn, None)
 
 
@@ -306,7 +258,16 @@ def decode_attention_triton(
         }
         key = table_key(head_dim=head_dim, num_heads=num_heads, **sizes)
         config = tuned("paged_decode_attention", key, Config) or Config.heuristic(**sizes)
-    parts = cut_contexts(rows, lengths, window, config) if config.extra_parts else None
+    parts = None
+    if config.extra_parts:
+        parts = cut_contexts(
+            rows,
+            lengths,
+            window,
+            block_kv=config.block_kv,
+            extra_parts=config.extra_parts,
+            min_part=config.min_part,
+        )
     num_parts = num_rows + config.extra_parts
     num_programs = num_parts if len(q) == num_rows else min(num_parts, MIXED_PROGRAMS)
     unjoined = (num_parts if parts else 1, num_heads)
@@ -333,7 +294,7 @@ def decode_attention_triton(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1)), parts)
+    )(q, pool, page_table, Rows(rows, lengths, window.reshape(1), count_rows(lengths)), parts)
     if parts:
         out = triton_call(
             functools.partial(_join_kernel, num_rows=num_rows),

@@ -171,7 +171,8 @@ def paged_decode_attention(
     Args:      q: `[T, N, H]`. pool: `[num_pages, 2 * K * page_size * H]`.
                page_table: i32 `[num_rows, pages_per_row]`. rows, lengths: i32 `[B]` of the first
                B <= T tokens; length 0 marks padding. window: i32 scalar.
-    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0, undefined from token B on.
+    Returns:   `[T, N, H]` of q's dtype; zeros where the length is 0. Undefined from token B on, and
+               if B < T from the last row on that has a length.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    Flash-Decoding (Dao et al., 2023); PagedAttention (arXiv:2309.06180).
     """

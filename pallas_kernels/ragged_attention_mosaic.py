@@ -164,11 +164,11 @@ def _kernel(
     num_tiles: Ref, window: Ref, out_ref: Ref, *memory: Ref,
     config: Config, num_kv_heads: int, scale: float, is_interpreted: bool,
 ) -> None:  # fmt: skip
-    index = num_tiles[0] - 1 - jax.lax.axis_index("tile")  # the longest first, by and large
+    index = jax.lax.axis_index("tile")
     head, group = jax.lax.axis_index("head"), jax.lax.axis_index("group")
     heads_per_kv = q_ref.shape[1] // num_kv_heads
 
-    @pl.when(index >= 0)
+    @pl.when(index < num_tiles[0])
     def attend_tile() -> None:
         tile = Tile(
             q_start[index], q_len[index], position[index], window[0], row[index], config.block_kv

@@ -26,6 +26,7 @@ from pallas_kernels.triton_blocks import MIN_DOT, Ref, next_power_of_2, triton_c
 from pallas_kernels.tuning_table import shape_key, tuned
 
 MAX_QUERIES = 128  # rows of the product, block_q times the heads of a block
+SPARE_PROGRAMS = 8  # a unit, beyond the tiles that a step has if all are full
 STAGED_BYTES = 64 << 10  # of keys and values that a step of the loop brings to shared memory
 
 
@@ -72,13 +73,14 @@ def _kernel(
     _: Ref,  # what out starts from
     out_ref: Ref,
     *,
+    num_programs: int,  # a unit; each has every so many-th tile
     config: Config,
     num_kv_heads: int,
     page_size: int,
     scale: float,
     interpret: bool,
 ) -> None:
-    tile = pl.program_id(1)
+    first_tile = pl.program_id(1)
     unit = pl.program_id(2) * config.units_together + pl.program_id(0)
     _, num_heads, head_dim = q_ref.shape
     group = num_heads // num_kv_heads
@@ -86,8 +88,7 @@ def _kernel(
     kv_head = jax.lax.div(unit, jnp.int32(head_blocks))
     head_block = jax.lax.rem(unit, jnp.int32(head_blocks))
 
-    @pl.when((tile < tiles.num_tiles[0]) & (kv_head < num_kv_heads))
-    def attend_tile() -> None:
+    def attend_tile(tile: jax.Array) -> None:
         start, length = tiles.q_start[tile], tiles.q_len[tile]
         first_position, window = tiles.position[tile], window_ref[0]
         num_queries = max(MIN_DOT, next_power_of_2(tiles.block_q) * config.block_heads)
@@ -131,6 +132,14 @@ def _kernel(
         )
         pltriton.store(out_ref.at[where], softmax.normalised().astype(out_ref.dtype), mask=mask)
 
+    def take_turn(turn: jax.Array, _: None) -> None:
+        attend_tile(first_tile + turn * num_programs)
+
+    @pl.when(kv_head < num_kv_heads)
+    def take_turns() -> None:
+        num_left = jnp.maximum(0, tiles.num_tiles[0] - first_tile)
+        jax.lax.fori_loop(jnp.int32(0), pl.cdiv(num_left, num_programs), take_turn, None)
+
 
 def ragged_attention_triton(
     q: jax.Array,
@@ -156,10 +165,13 @@ def ragged_attention_triton(
             position_bytes=2 * next_power_of_2(q.shape[2]) * pool.dtype.itemsize,
         )
     num_units = num_kv_heads * pl.cdiv(group, config.block_heads)
+    # tiles may be many more than full ones, where all rows are short; mostly they are not
+    num_programs = min(len(tiles.row), pl.cdiv(len(q), tiles.block_q) + SPARE_PROGRAMS)
     inputs = (q, pool, page_table, tiles, jnp.asarray(window, jnp.int32).reshape(1))
     out: jax.Array = triton_call(
         functools.partial(
             _kernel,
+            num_programs=num_programs,
             config=config,
             num_kv_heads=num_kv_heads,
             page_size=page_size,
@@ -168,7 +180,7 @@ def ragged_attention_triton(
         ),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="paged_ragged_attention",
-        grid=(config.units_together, len(tiles.row), pl.cdiv(num_units, config.units_together)),
+        grid=(config.units_together, num_programs, pl.cdiv(num_units, config.units_together)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

@@ -37,6 +37,8 @@ class LoraTiles:
 class QueryTiles:
     """Query tokens of a ragged step. A tile has at most `block_q` successive ones of one sequence.
 
+    Kernels take tiles in their order: those with most to read should come first.
+
     Tile g covers tokens `[q_start[g], q_start[g] + q_len[g])`, whose absolute positions start at
     `position[g]`; keys and values are found through `page_table[row[g]]`, whose first
     `position[g] + q_len[g]` positions are written.

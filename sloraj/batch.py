@@ -77,6 +77,11 @@ class ScheduledBatch:
         return sum(r.num_tokens for r in self.rows)
 
     @property
+    def chunks(self) -> list[int]:
+        """Lengths of the rows that have more than one token."""
+        return [r.num_tokens for r in self.rows if r.num_tokens > 1]
+
+    @property
     def is_decode(self) -> bool:
         return all(r.num_tokens == 1 for r in self.rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections.abc import Iterable
 
 from sloraj.config import div_ceil
 
@@ -12,6 +13,9 @@ SAMPLE_ROWS = (8, 64)
 DECODE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
 MIXED_BLOCK_ROWS = 64  # the fewest rows that a Hopper tensor core takes at full speed
 MIN_MIXED_TOKENS = 128
+# Rows with prefill that are shorter on average take a larger bucket than their tokens need: room
+# for a query tile of every row that may be would cost every step, since programs start for it.
+CHUNK_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +43,15 @@ class Buckets:
     sample: tuple[int, ...]
     lora_variants: tuple[str, ...] = ("all",)  # of each forward program
 
-    def pick(self, num_tokens: int, is_decode: bool) -> Bucket:
+    def pick(self, num_tokens: int, is_decode: bool, chunks: Iterable[int] = ()) -> Bucket:
+        """The smallest bucket that holds a step; `chunks` are the lengths of its longer rows."""
         choices = self.decode if is_decode else self.mixed
         sizes = [b.num_tokens for b in choices]
-        return choices[bisect.bisect_left(sizes, num_tokens)]
+        place = bisect.bisect_left(sizes, num_tokens)
+        num_tiles = sum(div_ceil(length, choices[place].block_q) for length in chunks)
+        while num_tiles > choices[place].num_query_tiles:
+            place += 1
+        return choices[place]
 
 
 def make_buckets(
@@ -81,7 +90,8 @@ def make_buckets(
             block_rows=MIXED_BLOCK_ROWS,
             num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + rows,
             block_q=block_q,
-            num_query_tiles=div_ceil(n, block_q) + rows,
+            num_query_tiles=div_ceil(n, block_q)
+            + (rows if n == max_num_batched_tokens else min(rows, n // CHUNK_TOKENS)),
         )
         for n in _doubling(min(MIN_MIXED_TOKENS, max_num_batched_tokens), max_num_batched_tokens)
         for rows in [min(n, max_num_seqs)]

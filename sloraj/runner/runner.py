@@ -145,7 +145,7 @@ class DeviceRunner:
         for start in range(0, len(resets), RESETS):
             self._reset_rows(resets[start : start + RESETS])
         self._count_prefill(batch)
-        bucket = self._buckets.pick(batch.num_tokens, batch.is_decode)
+        bucket = self._buckets.pick(batch.num_tokens, batch.is_decode, batch.chunks)
         variant = self._slot_variants.of({row.slot for row in batch.rows})
         logits = self._run_forward(bucket, variant, batch)
         self._num_steps += 1

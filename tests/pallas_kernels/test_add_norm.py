@@ -66,5 +66,5 @@ def test_impossible_arguments_are_refused() -> None:
         add_rms_norm(x, x[:1], weight, EPS, implementation="xla")
     with pytest.raises(ValueError, match="disagree"):
         add_rms_norm(x, x, weight.astype(jnp.bfloat16), EPS, implementation="xla")
-    with pytest.raises(ValueError, match="'tpu' is not one of"):
+    with pytest.raises(ValueError, match="'tpu' is not one that"):
         add_rms_norm(x, x, weight, EPS, implementation="tpu")

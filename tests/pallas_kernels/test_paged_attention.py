@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_attention_triton, ragged_attention_triton
+from pallas_kernels.decode_parts import Parts, cut_contexts
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from tests.pallas_kernels.attention_case import PagedContexts, make_contexts, make_query_tiles
 from tests.pallas_kernels.tolerances import assert_close
@@ -142,14 +143,11 @@ def test_parts_cover_what_each_row_sees_exactly_once(
     lengths = np.random.default_rng(0).integers(0, 2000, size=20).astype(np.int32)
     lengths[[3, 7]] = 0, 1
     rows = np.arange(20, dtype=np.int32)[::-1]
-    config = decode_attention_triton.Config(
-        extra_parts=extra_parts, min_part=min_part, heads_first=False, edges_apart=True,
-        block_kv=32, num_warps=4, num_stages=2,
+    cut = cut_contexts(
+        jnp.asarray(rows), jnp.asarray(lengths), jnp.int32(window),
+        block_kv=32, extra_parts=extra_parts, min_part=min_part,
     )  # fmt: skip
-    cut = decode_attention_triton.cut_contexts(
-        jnp.asarray(rows), jnp.asarray(lengths), jnp.int32(window), config
-    )
-    parts = decode_attention_triton.Parts(*map(np.asarray, cut))
+    parts = Parts(*map(np.asarray, cut))
     seen: dict[int, list[int]] = {token: [] for token in range(20)}
     for part in range(20 + extra_parts):
         token = int(parts.token[part])

@@ -51,7 +51,7 @@ def random_batch(seed: int) -> ScheduledBatch:
 
 
 def pack(batch: ScheduledBatch) -> tuple[Bucket, dict[str, np.ndarray]]:
-    bucket = BUCKETS.pick(batch.num_tokens, batch.is_decode)
+    bucket = BUCKETS.pick(batch.num_tokens, batch.is_decode, batch.chunks)
     buffer = pack_step(batch, bucket, null_row=NULL_ROW, page_size=PAGE_SIZE)
     return bucket, step_packing(bucket).split(buffer)
 
@@ -151,3 +151,13 @@ def test_buckets_hold_every_batch_that_the_limits_allow(max_num_seqs: int, budge
         assert bucket.num_logits in buckets.sample
         assert n <= 128 or bucket.num_tokens < 2 * n
     assert len(buckets.decode) + len(buckets.mixed) + 3 * len(buckets.sample) <= 22
+
+
+def test_many_short_chunks_take_a_bucket_that_has_tiles_for_them() -> None:
+    buckets = make_buckets(256, 2048, 16, 128)
+    for num_chunks, length in ((1, 500), (10, 50), (40, 12), (100, 5), (256, 2), (200, 10)):
+        bucket = buckets.pick(num_chunks * length, False, [length] * num_chunks)
+        assert bucket.num_tokens >= num_chunks * length
+        assert bucket.num_query_tiles >= num_chunks * -(-length // 128)
+    assert buckets.pick(480, False, [48] * 10).num_tokens == 512
+    assert buckets.pick(500, False, [5] * 100).num_tokens == 2048
