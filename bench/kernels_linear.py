@@ -51,12 +51,13 @@ def main() -> None:
     parser.add_argument("--commit", help="where the tree is not a repository")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.lock = None
+    args.lock, args.hang_s = None, 60.0
     started = time.monotonic()
     peaks = measure_peaks()
     found = [chosen(s, d, r) for r in args.rows for s in args.shapes for d in args.dtypes]
     found += [Case(s, "bfloat16", r, None) for r in args.rows for s in args.shapes]
-    results = time_all(compile_all(list(dict.fromkeys(found)), args, started), args, started)
+    programs = compile_all(list(dict.fromkeys(found)), args, started)
+    results = [result for group in time_all(programs, args, started) for result in group]
     entries: list[dict[str, Any]] = []
     for result in results:
         case = result["case"]
