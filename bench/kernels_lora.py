@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,8 @@ import numpy as np
 from bench.floors import Peaks, limit_s
 from bench.kernel_timing import time_compiled_chain
 from bench.lora_inputs import Adapters, cut_tiles, make_adapters
-from bench.record import commit, record
+from bench.record import command, commit, record
+from bench.summary import target
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.shapes import MODELS, ModelShape, row_slots
@@ -36,6 +38,7 @@ RANKS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 GROUPS = {"attention": ((0, 1, 2), (3,)), "mlp": ((4, 5), (6,))}  # modules that share an input
 MAX_RANK = 64
+DECODE_MODELS = ("llama-7b", "llama-3.1-8b")
 BESIDE_PREFILL = "beside-prefill"
 SHARES = {"8": 0.5, "16": 0.7, "32": 0.7, "64": 0.85}  # of the read bandwidth, in decode
 PREFILL_SHARES = {"16": 0.10, "64": 0.15}  # of the base products
@@ -82,7 +85,7 @@ class Case:
 
 
 def decode_cases() -> Iterator[Case]:
-    for model in ("llama-7b", "llama-3.1-8b"):
+    for model in DECODE_MODELS:
         for group in GROUPS:
             for rank in RANKS:
                 yield Case(model=model, group=group, num_rows=64, rank=rank, popularity="distinct")
@@ -105,7 +108,7 @@ def prefill_cases() -> Iterator[Case]:
             model="llama-7b", group="attention", num_rows=512, rank=rank,
             popularity=BESIDE_PREFILL, num_layers=8,
         )  # fmt: skip
-    for model in ("llama-7b", "llama-3.1-8b"):
+    for model in DECODE_MODELS:
         for num_rows in (2048, 8192):
             for rank in ("16", "64"):
                 for num_slots in (1, 4, 16, 64):
@@ -211,11 +214,53 @@ def measure(
         yield judge(case, worlds[world_key(case)], timer(), peaks)
 
 
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The numbered targets that these rows decide, none for cases that were not run."""
+    found = []
+    for row in rows:
+        if row["target_us"] is not None and row["num_rows"] == 64:
+            name = f"LoRA decode, {row['model']}, {row['group']}, rank {row['rank']}, 64 distinct"
+            found.append(_target("1", name, row["us"], row["target_us"], row["floor_us"]))
+    for model, group in itertools.product(DECODE_MODELS, GROUPS):
+        distinct = {
+            row["rank"]: row["us"]
+            for row in rows
+            if (row["model"], row["group"], row["num_rows"]) == (model, group, 64)
+            and row["popularity"] == "distinct"
+        }
+        if distinct.keys() == RANKS.keys():
+            mean = float(np.mean([distinct[str(rank)] for rank in RANKS["mixed"]]))
+            name = f"LoRA decode, {model}, {group}, mixed ranks by the mean of uniform ones"
+            found.append(_target("1", name, distinct["mixed"], 1.05 * mean))
+        for row in rows:
+            if (row["model"], row["group"], row["popularity"]) == (model, group, "identical"):
+                name = f"LoRA decode, {model}, {group}, rank {row['rank']}, one shared"
+                found.append(_target("1", name, row["us"], distinct[row["rank"]]))
+    prefill = [row for row in rows if row["num_rows"] > 256 and row["target_us"] is not None]
+    for model, num_rows, rank in sorted({(r["model"], r["num_rows"], r["rank"]) for r in prefill}):
+        times = {
+            row["num_slots"]: row
+            for row in prefill
+            if (row["model"], row["num_rows"], row["rank"]) == (model, num_rows, rank)
+        }
+        slowest = max(times.values(), key=lambda row: row["us"])
+        name = f"LoRA prefill, {model}, {num_rows} tokens, rank {rank}, 1 to {max(times)} adapters"
+        found.append(_target("2", name, slowest["us"], slowest["target_us"], slowest["floor_us"]))
+    return found
+
+
+def _target(
+    number: str, name: str, us: float, limit: float, floor: float | None = None
+) -> dict[str, Any]:
+    return target(number, name, measured=us, limit=limit, unit="us a layer", floor=floor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("decode", "prefill"))
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the tree is not a repository")
     args = parser.parse_args()
     cases = [] if args.only == "prefill" else list(decode_cases())
     cases += [] if args.only == "decode" else list(prefill_cases())
@@ -228,7 +273,14 @@ def main() -> None:
             f"floor {row['floor_us']:7.2f}  target {row['target_us']}  {row['met']}",
             flush=True,
         )
-    record({"device": device_kind(), "commit": commit(), "cases": rows}, args.out)
+    result = {
+        "device": device_kind(),
+        "commit": args.commit or commit(),
+        "command": command(),
+        "targets": targets(rows),
+        "cases": rows,
+    }
+    record(result, args.out)
 
 
 if __name__ == "__main__":

@@ -60,30 +60,27 @@ class Search:
 
 def candidates(search: Search) -> Iterator[Config]:
     """What may be good: enough loads under way, and few enough registers."""
+    shrink, expand = lora_shrink_triton.Config, lora_expand_triton.Config
     if search.op == "lora_shrink" and search.case.is_decode:
-        for shares, ranks, warps in itertools.product((2, 4, 8, 16, 32, 64), (1, 2, 4), (2, 4, 8)):
-            if 1 <= ranks * 4 // warps <= 4:
-                yield lora_shrink_triton.Config(
-                    num_shares=shares, block_ranks=ranks, block_chunks=32, num_warps=warps,
-                    num_stages=1,
-                )  # fmt: skip
+        for shares, ranks, warps in itertools.product((2, 4, 8, 16, 32, 64), (1, 2, 4), (4, 8)):
+            if ranks * 4 >= warps:
+                yield shrink(num_shares=shares, row_ranks=ranks, num_warps=warps)
     elif search.op == "lora_shrink":
-        for ranks, chunks, warps, stages in itertools.product((16, 32, 64), (1, 2), (4, 8), (3, 4)):
-            yield lora_shrink_triton.Config(
-                num_shares=1, block_ranks=ranks, block_chunks=chunks, num_warps=warps,
-                num_stages=stages,
-            )  # fmt: skip
+        for shares, ranks, chunks, stages in itertools.product(
+            (1, 2, 4), (16, 32, 64), (1, 2), (3, 4)
+        ):
+            if shares * ranks <= MAX_RANK:
+                yield shrink(
+                    num_shares=shares, tile_ranks=ranks, tile_chunks=chunks, num_warps=4,
+                    num_stages=stages,
+                )  # fmt: skip
     elif search.case.is_decode:
         for chunks, ranks, warps in itertools.product((1, 2, 4, 8, 16), (4, 8, 16, 32), (1, 2, 4)):
             if 4 <= chunks * ranks // (2 * warps) <= 16:
-                yield lora_expand_triton.Config(
-                    block_chunks=chunks, block_ranks=ranks, num_warps=warps, num_stages=1
-                )
+                yield expand(block_chunks=chunks, row_ranks=ranks, num_warps=warps)
     else:
-        for chunks, ranks, warps, stages in itertools.product((1, 2), (16, 32, 64), (4, 8), (1, 2)):
-            yield lora_expand_triton.Config(
-                block_chunks=chunks, block_ranks=ranks, num_warps=warps, num_stages=stages
-            )
+        for chunks, ranks, columns in itertools.product((1, 2, 4), (16, 32, 64), (32, 64, 128)):
+            yield expand(block_chunks=chunks, tile_ranks=ranks, tile_columns=columns, num_warps=4)
 
 
 def compile_op(search: Search, case: Case, adapters: Adapters, config: Any) -> Callable[[], float]:

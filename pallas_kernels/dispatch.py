@@ -110,8 +110,8 @@ def mosaic_refusal(op: str, device_kind: str, shape: KernelShape) -> str | None:
         return f"widths {partial}, allowed: multiples of {CHUNK}"
     if op.endswith("attention") and shape.head_dim not in (64, 128):
         return f"head_dim {shape.head_dim}, allowed: 64, 128"
-    if op.endswith("attention") and shape.page_size % 8:
-        return f"page_size {shape.page_size}, allowed: multiples of 8"
+    if op.endswith("attention") and shape.page_size not in (8, 16, 32, 64, 128):
+        return f"page_size {shape.page_size}, allowed: 8, 16, 32, 64, 128"
     return None
 
 

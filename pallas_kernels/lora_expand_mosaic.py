@@ -31,8 +31,17 @@ ROWS_AT_ONCE = 4  # rows of a tile that share a pass over B; their sums are held
 class Config:
     """How one block works."""
 
-    block_chunks: int = 8  # columns that a block owns, in chunks of 128, at most
-    num_slots: int = 16  # pieces of B on their way to a block
+    block_chunks: int  # columns that a block owns, in chunks of 128, at most
+    num_slots: int  # pieces of B on their way to a block
+
+    @classmethod
+    def heuristic(cls, *, num_runs: int) -> Config:
+        """What was best on an H200 for so many tiles times modules."""
+        if num_runs >= 128:
+            return cls(block_chunks=16, num_slots=4)
+        if num_runs >= 16:
+            return cls(block_chunks=8, num_slots=16)
+        return cls(block_chunks=2, num_slots=32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,14 +94,15 @@ def _kernel(
                 place, segment, of_block("row_chunks"), of_block("first"), column, tile_stop - 1,
                 size, num_slots, page_chunks,
             )  # fmt: skip
-            for first in range(0, block_rows, ROWS_AT_ONCE):
-                start = tile_start + first
-                count = tile_stop - start
-                several = min(ROWS_AT_ONCE, block_rows - first)
+
+            def add_rows(group: jax.Array, _: None) -> None:
+                start = tile_start + group * ROWS_AT_ONCE
                 add = functools.partial(_add_rows, work, start, v_ref, adapters, y_ref, memory)
-                pl.when(count == 1)(functools.partial(add, 1))
-                if several > 1:
-                    pl.when(count > 1)(functools.partial(add, several))
+                pl.when(tile_stop - start == 1)(functools.partial(add, 1))
+                if block_rows > 1:
+                    pl.when(tile_stop - start > 1)(functools.partial(add, ROWS_AT_ONCE))
+
+            jax.lax.fori_loop(0, pl.cdiv(tile_stop - tile_start, ROWS_AT_ONCE), add_rows, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +182,8 @@ def lora_expand_mosaic(
 ) -> jax.Array:
     """`lora_expand` in Mosaic GPU. All widths and the column offset are multiples of 128."""
     num_tokens, width = base.shape
-    config = config or Config()
+    if config is None:
+        config = Config.heuristic(num_runs=len(adapters.slots) * len(modules))
     blocks = _column_blocks([whole_chunks(size) for size in out_sizes], config.block_chunks)
     ring = min(config.num_slots, v.shape[2], MAX_BARRIERS)
     size = max(block.size for block in blocks)

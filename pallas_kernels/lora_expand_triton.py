@@ -40,19 +40,22 @@ class Config:
     """How one program of the Triton kernel works; it owns one tile and a block of chunks of y."""
 
     block_chunks: int  # chunks of one module's output
-    block_ranks: int  # rows of B in a step of the loop
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    row_ranks: int = 8  # for a tile of one row: rows of B in a step of the loop
+    tile_ranks: int = 64  # for a tile of several rows: rows of B at once
+    tile_columns: int = 64  # and columns at once, up to a chunk
 
     @classmethod
     def heuristic(cls, *, num_tiles: int, block_rows: int, width: int) -> Config:
         """A reasonable choice where nothing was measured."""
-        if block_rows == 1:  # enough programs for every multiprocessor, if there is enough work
-            chunks = num_tiles * chunks_per_row(width) // NUM_PROGRAMS
-            chunks = min(8, next_power_of_2(max(1, chunks)))
-            warps = max(1, chunks // 2)  # so that each warp adds up whole columns
-            return cls(block_chunks=chunks, block_ranks=64 // chunks, num_warps=warps, num_stages=1)
-        return cls(block_chunks=1, block_ranks=16, num_warps=4, num_stages=2)
+        if block_rows > 1:
+            return cls(block_chunks=2, num_warps=4, row_ranks=16)
+        # enough programs for every multiprocessor, if there is enough work
+        chunks = num_tiles * chunks_per_row(width) // NUM_PROGRAMS
+        chunks = min(8, next_power_of_2(max(1, chunks)))
+        warps = max(1, chunks // 2)  # so that each thread adds up whole columns
+        return cls(block_chunks=chunks, num_warps=warps, row_ranks=8 if chunks > 1 else 16)
 
 
 class _Block(NamedTuple):
@@ -111,8 +114,17 @@ def _kernel(
             )
             exact = all(size % (config.block_chunks * CHUNK) == 0 for size in out_sizes)
             if block_rows == 1:
-                _expand_row(base_ref, v_ref, adapters, y_ref, block, config, exact)
-            else:
+                _expand_row(tile, base_ref, v_ref, adapters, y_ref, block, config, exact)
+                return
+            start = adapters.starts[tile]
+            num_tile_rows = adapters.starts[tile + 1] - start
+
+            @pl.when(num_tile_rows == 1)
+            def _() -> None:
+                _expand_row(start, base_ref, v_ref, adapters, y_ref, block, config, exact)
+
+            @pl.when(num_tile_rows > 1)
+            def _() -> None:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _expand_tile(base_ref, v_ref, adapters, y_ref, block, config, num_places)
 
@@ -126,6 +138,7 @@ def _column_blocks(out_sizes: tuple[int, ...], config: Config) -> tuple[list[int
 
 
 def _expand_row(
+    row_place: jax.Array,
     base_ref: Ref,
     v_ref: Ref,
     adapters: AdapterArrays,
@@ -135,7 +148,7 @@ def _expand_row(
     exact: bool,
 ) -> None:
     """The tile's one row: rows of B stream past its columns."""
-    row = adapters.row_order[block.tile]
+    row = adapters.row_order[row_place]
     shape = (config.block_chunks, CHUNK)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * CHUNK + block.first_chunk * CHUNK
     column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -144,39 +157,52 @@ def _expand_row(
     other = None if exact else 0
     base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
     index = jnp.arange(config.block_chunks, dtype=jnp.int32)
-    find = functools.partial(_find_rows, adapters, block, config, block.first_chunk)
+    find = functools.partial(
+        _find_rows, adapters, block, block.first_chunk, num_rows=config.row_ranks
+    )
 
     def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
-        rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
+        rank = step * config.row_ranks + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < block.segment.rank
         is_real = is_rank[:, None]
         if not exact:
             is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
         b = read_rows(adapters, find(step), index, is_real)
-        v = pltriton.load(
-            v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, block.place), rank],
-            mask=is_rank,
-            other=0,
-        )
+        v = _load_v(v_ref, jnp.full_like(rank, row), jnp.bool_(True), block, rank)
         return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
-    num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
+    num_steps = pl.cdiv(block.segment.rank, config.row_ranks)
     delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
     y = (base.astype(jnp.float32) + delta).astype(base.dtype)
     pltriton.store(y_ref.at[where], y, mask=is_column)
 
 
+def _load_v(
+    v_ref: Ref, row: jax.Array, is_row: jax.Array, block: _Block, rank: jax.Array
+) -> jax.Array:
+    """v of some rows and ranks, zeros where there is none.
+
+    What v holds past the rank is undefined, and set to zero after the load: masks that differ
+    within a vector would make it load each element by itself.
+    """
+    shape = jnp.broadcast_shapes(row.shape, rank.shape)
+    where = (row, jnp.full((1,) * len(shape), block.place), rank)
+    mask = jnp.broadcast_to(is_row & (rank < v_ref.shape[2]), shape)
+    v = pltriton.load(v_ref.at[where], mask=mask, other=0)
+    return jnp.where(rank < block.segment.rank, v, 0.0)
+
+
 def _find_rows(
-    adapters: AdapterArrays, block: _Block, config: Config, chunk: jax.Array, step: jax.Array
+    adapters: AdapterArrays, block: _Block, chunk: jax.Array, step: jax.Array, *, num_rows: int
 ) -> Rows:
     """Rows of B of one step of the loop, from their chunk `chunk` on."""
-    first_chunk = block.segment.b_chunk + step * config.block_ranks * block.row_chunks + chunk
+    first_chunk = block.segment.b_chunk + step * num_rows * block.row_chunks + chunk
     return find_rows(
         adapters,
         block.segment.slot,
         first_chunk,
         block.row_chunks,
-        num_rows=config.block_ranks,
+        num_rows=num_rows,
         max_row_chunks=block.max_row_chunks,
     )
 
@@ -190,32 +216,62 @@ def _expand_tile(
     config: Config,
     num_places: int,
 ) -> None:
-    """All rows of the tile at once on the tensor cores, one chunk of columns after the other."""
+    """All rows of the tile at once on the tensor cores, piece by piece of the block's columns.
+
+    What a piece needs is loaded while the piece before it is multiplied.
+    """
     rows, is_row = read_tile_rows(adapters, block.tile, num_places)
-    for i in range(config.block_chunks):
-        chunk = block.first_chunk + i
+    width = config.tile_columns
+    pieces_per_chunk = CHUNK // width
+    num_pieces = config.block_chunks * pieces_per_chunk
+    first_piece = block.first_chunk * pieces_per_chunk
+    num_steps = -(-v_ref.shape[2] // config.tile_ranks)  # most often 1
 
-        def add_ranks(step: jax.Array, delta: jax.Array, chunk: jax.Array = chunk) -> jax.Array:
-            rank = step * config.block_ranks + jnp.arange(config.block_ranks, dtype=jnp.int32)
-            is_rank = rank < block.segment.rank
-            v = pltriton.load(
-                v_ref.at[rows[:, None], jnp.full((1, 1), block.place), rank[None, :]],
-                mask=is_row[:, None] & is_rank[None, :],
-                other=0,
-            )
-            b_rows = _find_rows(adapters, block, config, chunk, step)
-            b = read_rows(adapters, b_rows, jnp.int32(0), is_rank & (chunk < block.row_chunks))
-            return delta + _dot_exact(v, b)
+    def load_v(step: jax.Array) -> jax.Array:
+        rank = step * config.tile_ranks + jnp.arange(config.tile_ranks, dtype=jnp.int32)
+        return _load_v(v_ref, rows[:, None], is_row[:, None], block, rank[None, :])
 
-        num_steps = pl.cdiv(block.segment.rank, config.block_ranks)
-        delta = jnp.zeros((num_places, CHUNK), jnp.float32)
-        delta = jax.lax.fori_loop(0, num_steps, add_ranks, delta)
-        column = chunk * CHUNK + jnp.arange(CHUNK, dtype=jnp.int32)
-        where = (rows[:, None], (block.first_column + column)[None, :])
+    def load_b(piece: jax.Array, step: jax.Array) -> jax.Array:
+        rank = step * config.tile_ranks + jnp.arange(config.tile_ranks, dtype=jnp.int32)
+        piece = first_piece + piece
+        chunk = jax.lax.div(piece, jnp.int32(pieces_per_chunk))
+        lane = jax.lax.rem(piece, jnp.int32(pieces_per_chunk)) * width
+        is_real = (rank < block.segment.rank) & (chunk < block.row_chunks)
+        b_rows = _find_rows(adapters, block, chunk, step, num_rows=config.tile_ranks)
+        lane = lane + jnp.arange(width, dtype=jnp.int32)
+        return read_rows(adapters, b_rows, jnp.int32(0), is_real, lane)
+
+    def place(piece: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        column = (first_piece + piece) * width + jnp.arange(width, dtype=jnp.int32)
         mask = is_row[:, None] & (column < block.width)[None, :]
+        return (rows[:, None], (block.first_column + column)[None, :]), mask
+
+    def load(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+        where, mask = place(piece)
         base = pltriton.load(base_ref.at[where], mask=mask, other=0)
+        return base, load_b(piece, jnp.int32(0))
+
+    v = load_v(jnp.int32(0))
+
+    def expand_piece(
+        piece: jax.Array, loaded: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        base, b = loaded
+        following = load(jnp.minimum(piece + 1, num_pieces - 1))
+        delta = _dot_exact(v, b)
+        if num_steps > 1:
+
+            def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
+                return delta + _dot_exact(load_v(step), load_b(piece, step))
+
+            stop = pl.cdiv(block.segment.rank, config.tile_ranks)
+            delta = jax.lax.fori_loop(1, stop, add_ranks, delta)
+        where, mask = place(piece)
         y = (base.astype(jnp.float32) + delta).astype(base.dtype)
         pltriton.store(y_ref.at[where], y, mask=mask)
+        return following
+
+    jax.lax.fori_loop(0, num_pieces, expand_piece, load(jnp.int32(0)))
 
 
 def _dot_exact(v: jax.Array, b: jax.Array) -> jax.Array:

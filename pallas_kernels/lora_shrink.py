@@ -112,6 +112,7 @@ def lora_shrink(
             modules=modules,
             num_rows=num_rows,
             rank_split=rank_split,
+            block_rows=tiles.block_rows,
             config=config,
             interpret=interpret,
         )

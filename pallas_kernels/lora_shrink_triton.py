@@ -1,4 +1,4 @@
-"""LoRA shrink in Pallas-Triton: a kernel for tiles of one row and one for tiles of many."""
+"""LoRA shrink in Pallas-Triton: one program a tile, module and share of the rows of A."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pallas_kernels.triton_blocks import (
     AdapterArrays,
     Ref,
     Segment,
-    column_mask,
     dot_f32,
     find_rows,
     for_each_tile,
@@ -39,19 +38,21 @@ class Config:
     """How one program of the Triton kernel works; it owns a tile, a module and a share of A."""
 
     num_shares: int  # programs that divide the rows of a module's A evenly, whatever its rank
-    block_ranks: int  # rows of A in a step
-    block_chunks: int  # chunks of each row that are loaded at once
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    row_ranks: int = 2  # for a tile of one row: rows of A in a step
+    row_chunks: int = 32  # and chunks of each that are loaded at once
+    tile_ranks: int = 16  # for a tile of several rows: rows of A at once
+    tile_chunks: int = 1  # and chunks of each in a step
 
     @classmethod
     def heuristic(cls, *, num_tiles: int, block_rows: int, num_rows: int) -> Config:
         """A reasonable choice where nothing was measured; num_tiles counts modules apart."""
-        if block_rows == 1:  # enough programs for every multiprocessor, if there is enough work
-            shares = min(max(4, next_power_of_2(NUM_PROGRAMS // num_tiles)), num_rows)
-            return cls(num_shares=shares, block_ranks=2, block_chunks=32, num_warps=4, num_stages=1)
-        ranks = max(MIN_DOT, min(64, next_power_of_2(num_rows)))
-        return cls(num_shares=1, block_ranks=ranks, block_chunks=1, num_warps=4, num_stages=4)
+        if block_rows > 1:
+            return cls(num_shares=4, num_warps=4, num_stages=3)
+        # enough programs for every multiprocessor, if there is enough work
+        shares = min(max(4, next_power_of_2(NUM_PROGRAMS // num_tiles)), num_rows)
+        return cls(num_shares=shares, num_warps=4)
 
 
 class _Share(NamedTuple):
@@ -77,48 +78,75 @@ def _kernel(
     share, place = pl.program_id(0), pl.program_id(1)
 
     def shrink(tile: jax.Array) -> None:
+        # of a tile that is sure to be a row, x is on its way while the segment is
+        x_row = _load_row(x_ref, adapters, tile, config) if block_rows == 1 else None
         segment = read_segment(adapters, tile, select_static(modules, place))
         num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
         share_ranks = pl.cdiv(num_ranks, config.num_shares)
         first = share * share_ranks
         stop = jnp.minimum(first + share_ranks, num_ranks)
+        block = _Share(tile, place, segment, first, stop)
 
         @pl.when(first < stop)
         def _() -> None:
-            block = _Share(tile, place, segment, first, stop)
-            if block_rows == 1:
-                _shrink_row(x_ref, adapters, v_ref, block, config)
-            else:
+            if x_row is not None:
+                _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
+                return
+            start = adapters.starts[tile]
+            num_tile_rows = adapters.starts[tile + 1] - start
+
+            @pl.when(num_tile_rows == 1)
+            def _() -> None:
+                x_row = _load_row(x_ref, adapters, start, config)
+                _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
+
+            @pl.when(num_tile_rows > 1)
+            def _() -> None:
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _shrink_tile(x_ref, adapters, v_ref, block, config, num_places)
 
     for_each_tile(adapters, shrink, block_rows=block_rows, axis=2)
 
 
-def _shrink_row(
-    x_ref: Ref, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config
-) -> None:
-    """The tile's one row: x stays in registers, rows of A stream past it."""
+class _Row(NamedTuple):
+    """A tile's one row, in blocks of chunks."""
+
+    row: jax.Array
+    blocks: list[jax.Array]  # [block_chunks, 128]
+
+
+def _load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, config: Config) -> _Row:
     width = x_ref.shape[1]
     row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
+    # a block of a row lies in two pages at most
     block_chunks = min(
-        config.block_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
+        config.row_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
     )
-    row = adapters.row_order[share.tile]
-    lane = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)
-    chunk = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0)
-    starts = range(0, row_chunks, block_chunks)
-    x_blocks = []
-    for start in starts:
-        column = (start + chunk) * CHUNK + lane
-        mask = column_mask(column, width, (start + block_chunks) * CHUNK)
-        index = (jnp.full_like(column, row), column)
+    row = adapters.row_order[row_place]
+    column = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0) * CHUNK
+    column = column + jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)
+    blocks = []
+    for start in range(0, row_chunks, block_chunks):
+        mask = None
+        if (start + block_chunks) * CHUNK > width:
+            mask = start * CHUNK + column < width
+        index = (jnp.full_like(column, row), start * CHUNK + column)
         x = pltriton.load(x_ref.at[index], mask=mask, other=None if mask is None else 0)
-        x_blocks.append(x)
+        blocks.append(x)
+    return _Row(row, blocks)
+
+
+def _shrink_row(
+    x_row: _Row, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config, width: int
+) -> None:
+    """The tile's one row: x stays in registers, rows of A stream past it."""
+    row, x_blocks = x_row
+    row_chunks, block_chunks = chunks_per_row(width), x_blocks[0].shape[0]
+    starts = range(0, row_chunks, block_chunks)
 
     def shrink_ranks(step: jax.Array, _: jax.Array) -> jax.Array:
-        first_rank = share.first + step * config.block_ranks
-        rank = first_rank + jnp.arange(config.block_ranks, dtype=jnp.int32)
+        first_rank = share.first + step * config.row_ranks
+        rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < share.stop
         first_chunk = share.segment.a_chunk + first_rank * row_chunks
         index = jnp.arange(block_chunks, dtype=jnp.int32)
@@ -129,7 +157,7 @@ def _shrink_row(
                 share.segment.slot,
                 first_chunk + start,
                 row_chunks,
-                num_rows=config.block_ranks,
+                num_rows=config.row_ranks,
                 max_row_chunks=row_chunks,
             )
             is_real = is_rank[:, None]
@@ -139,12 +167,12 @@ def _shrink_row(
             part = a.astype(jnp.float32) * x.astype(jnp.float32)[None]
             product = part if product is None else product + part
         assert product is not None
-        shrunk = jnp.sum(product.reshape(config.block_ranks, block_chunks * CHUNK), axis=1)
+        shrunk = jnp.sum(product.reshape(config.row_ranks, block_chunks * CHUNK), axis=1)
         out = v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, share.place), rank]
         pltriton.store(out, shrunk, mask=is_rank)
         return _
 
-    num_steps = pl.cdiv(share.stop - share.first, config.block_ranks)
+    num_steps = pl.cdiv(share.stop - share.first, config.row_ranks)
     jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
 
 
@@ -166,21 +194,21 @@ def _shrink_tile(
     find = functools.partial(
         find_rows,
         row_chunks=row_chunks,
-        num_rows=config.block_ranks,
+        num_rows=config.tile_ranks,
         max_row_chunks=row_chunks,
     )
     is_whole = row_chunks <= page_chunks  # then a row is found once for all its chunks
 
     def shrink_ranks(rank_step: jax.Array, _: jax.Array) -> jax.Array:
-        first_rank = share.first + rank_step * config.block_ranks
-        rank = first_rank + jnp.arange(config.block_ranks, dtype=jnp.int32)
+        first_rank = share.first + rank_step * config.tile_ranks
+        rank = first_rank + jnp.arange(config.tile_ranks, dtype=jnp.int32)
         is_rank = rank < share.stop
         first_chunk = share.segment.a_chunk + first_rank * row_chunks
         whole_rows = find(adapters, slot, first_chunk) if is_whole else None
 
         def add_chunks(step: jax.Array, product: jax.Array) -> jax.Array:
-            for i in range(config.block_chunks):
-                chunk = step * config.block_chunks + i
+            for i in range(config.tile_chunks):
+                chunk = step * config.tile_chunks + i
                 column = chunk * CHUNK + lane
                 x = pltriton.load(
                     x_ref.at[rows[:, None], column[None, :]],
@@ -195,14 +223,14 @@ def _shrink_tile(
                 product = product + dot_f32(x.astype(dtype), a.astype(dtype), trans_b=True)
             return product
 
-        num_steps = -(-row_chunks // config.block_chunks)
-        product = jnp.zeros((num_places, config.block_ranks), jnp.float32)
+        num_steps = -(-row_chunks // config.tile_chunks)
+        product = jnp.zeros((num_places, config.tile_ranks), jnp.float32)
         product = jax.lax.fori_loop(0, num_steps, add_chunks, product)
         out = v_ref.at[rows[:, None], jnp.full((1, 1), share.place), rank[None, :]]
         pltriton.store(out, product, mask=is_row[:, None] & is_rank[None, :])
         return _
 
-    num_steps = pl.cdiv(share.stop - share.first, config.block_ranks)
+    num_steps = pl.cdiv(share.stop - share.first, config.tile_ranks)
     jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
 
 

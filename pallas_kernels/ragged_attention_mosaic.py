@@ -18,11 +18,16 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention_blocks import LOG2_E, LOWEST
 from pallas_kernels.mosaic_blocks import Ref, interpret_params, plgpu
+from pallas_kernels.ragged_copies_mosaic import (
+    BLOCK_Q,
+    COMPUTE_GROUPS,
+    ROWS,
+    Tile,
+    copy_kv,
+    write_rows,
+)
 from pallas_kernels.tiles import QueryTiles
 
-COMPUTE_GROUPS = 2  # warpgroups that multiply; a third copies
-ROWS = 64  # of a wgmma: a compute warpgroup's queries
-BLOCK_Q = COMPUTE_GROUPS * ROWS
 SWIZZLE_BYTES = 128
 
 
@@ -42,77 +47,8 @@ def _take_turns(turn: Ref) -> None:
     plgpu.barrier_wait(turn)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """What one block knows of its work; i32 scalars, and the positions it reads."""
-
-    q_start: jax.Array
-    q_len: jax.Array
-    position: jax.Array
-    window: jax.Array
-    page_row: jax.Array
-    block_kv: int
-
-    @property
-    def end(self) -> jax.Array:
-        """Written positions."""
-        return self.position + self.q_len
-
-    @property
-    def first_block(self) -> jax.Array:
-        begin = jnp.maximum(0, self.position - self.window + 1)
-        return jax.lax.div(begin, jnp.int32(self.block_kv))
-
-    @property
-    def num_blocks(self) -> jax.Array:
-        return pl.cdiv(self.end, jnp.int32(self.block_kv)) - self.first_block
-
-
-def _copy_kv(
-    tile: _Tile, pages: Ref, page_table: Ref, kv_head: jax.Array, num_kv_heads: int, memory: Ref,
-    *, config: Config,
-) -> None:  # fmt: skip
-    """The copying warpgroup. pages: `[num_pages * 2 * K, page_size, H]`."""
-    _, _, k_smem, v_smem, _, k_full, v_full, k_free, v_free, _, _ = memory
-    page_size = pages.shape[1]
-    per_block = config.block_kv // page_size
-    last_page = jax.lax.div(tile.end - 1, jnp.int32(page_size))
-
-    def page_ids(step: jax.Array) -> tuple[jax.Array, ...]:
-        first = (tile.first_block + step) * per_block
-        # past the end a real page is read again: its keys are masked, its values zeroed
-        return tuple(
-            page_table[tile.page_row, jnp.minimum(first + i, last_page)] for i in range(per_block)
-        )
-
-    def copy_block(step: jax.Array, ids: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        slot = jax.lax.rem(step, jnp.int32(config.num_stages))
-        following = page_ids(step + 1)
-        for which, smem, full, free in ((0, k_smem, k_full, k_free), (1, v_smem, v_full, v_free)):
-
-            @pl.when(step >= config.num_stages)
-            def wait_until_used(free: Ref = free) -> None:
-                plgpu.barrier_wait(free.at[slot])
-
-            for i, page in enumerate(ids):
-                plgpu.copy_gmem_to_smem(
-                    pages.at[(page * 2 + which) * num_kv_heads + kv_head],
-                    smem.at[slot, pl.ds(i * page_size, page_size)],
-                    full.at[slot],
-                )
-        return following
-
-    jax.lax.fori_loop(0, tile.num_blocks, copy_block, page_ids(jnp.int32(0)))
-    for slot in range(config.num_stages):  # every phase of a barrier is seen by who waits on it
-
-        @pl.when(slot < tile.num_blocks)
-        def wait_for_the_last(slot: int = slot) -> None:
-            plgpu.barrier_wait(k_free.at[slot])
-            plgpu.barrier_wait(v_free.at[slot])
-
-
 def _attend(
-    tile: _Tile, group: jax.Array, head: jax.Array, q_ref: Ref, out_ref: Ref, memory: Ref,
+    tile: Tile, group: jax.Array, head: jax.Array, q_ref: Ref, out_ref: Ref, memory: Ref,
     *, config: Config, scale: float, is_interpreted: bool,
 ) -> None:  # fmt: skip
     """A compute warpgroup: its 64 queries of the tile against all blocks."""
@@ -208,7 +144,7 @@ def _attend(
 
     io_smem[...] = (out * jax.lax.broadcast_in_dim(1.0 / total, out.shape, [0])).astype(dtype)
     plgpu.commit_smem()
-    _write_rows(io_smem, out_ref, tile.q_start + q_offset, tile.q_len - q_offset, head)
+    write_rows(io_smem, out_ref, tile.q_start + q_offset, tile.q_len - q_offset, head)
 
 
 def _add_product(out: jax.Array, low: jax.Array, values: Ref, is_interpreted: bool) -> jax.Array:
@@ -223,24 +159,6 @@ def _add_product(out: jax.Array, low: jax.Array, values: Ref, is_interpreted: bo
     return added
 
 
-def _write_rows(
-    rows: Ref, out_ref: Ref, start: jax.Array, count: jax.Array, head: jax.Array
-) -> None:
-    """Write the first `count` of 64 rows: copies have fixed sizes, so one for each power of two."""
-    for size in (64, 32, 16, 8, 4, 2, 1):
-        is_whole = count >= ROWS
-        done = jnp.bitwise_and(jnp.maximum(count, 0), -2 * size)
-
-        @pl.when(is_whole if size == 64 else (~is_whole & (count > 0) & ((count & size) != 0)))
-        def write(size: int = size, done: jax.Array = done) -> None:
-            first = 0 if size == 64 else done
-            plgpu.copy_smem_to_gmem(
-                rows.at[pl.ds(first, size)], out_ref.at[pl.ds(start + first, size), head]
-            )
-
-    plgpu.wait_smem_to_gmem(0)
-
-
 def _kernel(
     q_ref: Ref, pages: Ref, page_table: Ref, row: Ref, q_start: Ref, q_len: Ref, position: Ref,
     num_tiles: Ref, window: Ref, out_ref: Ref, *memory: Ref,
@@ -252,7 +170,7 @@ def _kernel(
 
     @pl.when(index >= 0)
     def attend_tile() -> None:
-        tile = _Tile(
+        tile = Tile(
             q_start[index], q_len[index], position[index], window[0], row[index], config.block_kv
         )
 
@@ -268,7 +186,9 @@ def _kernel(
         def copy() -> None:
             plgpu.set_max_registers(40, action="decrease")
             kv_head = jax.lax.div(head, jnp.int32(heads_per_kv))
-            _copy_kv(tile, pages, page_table, kv_head, num_kv_heads, memory, config=config)
+            copy_kv(
+                tile, pages, page_table, kv_head, num_kv_heads, memory, num_stages=config.num_stages
+            )
 
 
 def ragged_attention_mosaic(
@@ -285,11 +205,19 @@ def ragged_attention_mosaic(
     config: Config | None,
     interpret: bool,
 ) -> jax.Array:
-    """`paged_ragged_attention` in Mosaic GPU. `tiles.block_q` is 128."""
+    """`paged_ragged_attention` in Mosaic GPU.
+
+    Raises: ValueError: `tiles.block_q` is not 128, or the shape is one of those that
+    `dispatch.mosaic_refusal` names.
+    """
     _, num_heads, head_dim = q.shape
     config = config or Config()
     if tiles.block_q != BLOCK_Q:
         raise ValueError(f"block_q: got {tiles.block_q}, allowed: {BLOCK_Q}")
+    if head_dim not in (64, 128) or q.dtype.itemsize != 2 or q.dtype != pool.dtype:
+        raise ValueError(f"q: got {q.dtype} {q.shape} and a pool of {pool.dtype}")
+    if page_size % 8 or config.block_kv % page_size:
+        raise ValueError(f"page_size: got {page_size}, allowed: 8, 16, 32, 64, 128")
     stages, block_kv = config.num_stages, config.block_kv
     tiled = (
         plgpu.TilingTransform((8, SWIZZLE_BYTES // q.dtype.itemsize)),

@@ -158,9 +158,16 @@ def find_rows(
 
 
 def read_rows(
-    adapters: AdapterArrays, rows: Rows, chunk: jax.Array, is_real: jax.Array
+    adapters: AdapterArrays,
+    rows: Rows,
+    chunk: jax.Array,
+    is_real: jax.Array,
+    lane: jax.Array | None = None,
 ) -> jax.Array:
-    """Chunks `chunk [...]` of each part, `[n, ..., 128]`; zeros where not `is_real [n, ...]`."""
+    """Chunks `chunk [...]` of each part, `[n, ..., 128]`; zeros where not `is_real [n, ...]`.
+
+    With `lane [w]` only these elements of each chunk, `[n, ..., w]`.
+    """
     page_chunks = jnp.int32(adapters.pool.shape[1] // CHUNK)
 
     def spread(field: jax.Array) -> jax.Array:
@@ -170,8 +177,9 @@ def read_rows(
     is_first = at < page_chunks
     page = jnp.where(is_first, spread(rows.page), spread(rows.next_page))
     at = jnp.where(is_first, at, at - page_chunks)
-    shape = (*at.shape, CHUNK)
-    lane = jax.lax.broadcasted_iota(jnp.int32, shape, at.ndim)
+    lane = jnp.arange(CHUNK, dtype=jnp.int32) if lane is None else lane
+    shape = (*at.shape, lane.shape[0])
+    lane = jax.lax.broadcast_in_dim(lane, shape, (at.ndim,))
     is_real = jnp.broadcast_to(is_real, at.shape)
     chunks: jax.Array = pltriton.load(
         adapters.pool.at[page[..., None], (at * CHUNK)[..., None] + lane],
@@ -179,11 +187,6 @@ def read_rows(
         other=0,
     )
     return chunks
-
-
-def column_mask(column: jax.Array, width: int, stop: int) -> jax.Array | None:
-    """Which of the columns exist; None where all up to `stop` do."""
-    return None if stop <= width else column < width
 
 
 def num_tile_programs(tiles: AdapterArrays | LoraTiles, block_rows: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from sloraj.request import Sequence
@@ -42,8 +43,7 @@ class AdapterInstall:
     packed: PackedAdapter
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(msgspec.Struct, frozen=True):  # made for every row of every step, at C's speed
     """`num_tokens` tokens of one sequence, from position `start`, computed in this step.
 
     Token ids at positions the host does not know yet (at most the last one) come from the row's
@@ -92,8 +92,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # most probable first
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True):
     """The token sampled for one scheduled row, read by the host one step behind."""
 
     sequence: Sequence

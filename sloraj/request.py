@@ -104,6 +104,7 @@ class SamplingParams:
 class SequenceState(enum.Enum):
     WAITING = "waiting"  # no row, no pages
     RUNNING = "running"  # owns a row and pages, pins its adapter
+    ENDING = "ending"  # owns nothing; its last token is in flight
     FINISHED = "finished"  # owns nothing
 
 

@@ -8,7 +8,7 @@ the oldest one always advances.
 
 The host runs one step ahead of the tokens it has read: `schedule` counts on a token that an
 enqueued step samples. A sequence that is preempted with such a token in flight waits until it has
-been read.
+been read; one whose last token is in flight makes room at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
+
+import msgspec
 
 from sloraj.adapters.host_store import AdapterVersion, HostStore
 from sloraj.adapters.residency import Residency
@@ -36,8 +38,7 @@ from sloraj.token_budget import cut_to_bucket
 PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     """What one sampled token means for its sequence. `token_id` None: it is not to be shown."""
 
     sequence: Sequence
@@ -131,14 +132,24 @@ class Scheduler:
         return self._commit(plan)
 
     def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:
-        """The running sequences that want one token (they decode), and those that want more."""
+        """The running sequences that want one token (they decode), and those that want more.
+
+        Those that want none give back what they hold.
+        """
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
+        ending: list[Sequence] = []
         for sequence in self._running:
             num_outputs = len(sequence.output_token_ids) + sequence.num_in_flight
-            if num_outputs < sequence.max_output_tokens:  # else the token in flight is the last
-                is_decoding = _num_missing_tokens(sequence) == 1
-                (decoding if is_decoding else prefilling).append(sequence)
+            if num_outputs >= sequence.max_output_tokens:
+                ending.append(sequence)
+            elif sequence.num_prompt_tokens + num_outputs == sequence.num_computed_tokens + 1:
+                decoding.append(sequence)
+            else:
+                prefilling.append(sequence)
+        for sequence in ending:  # the step that computes its last token is enqueued
+            self._vacate(sequence)
+            sequence.state = SequenceState.ENDING
         return decoding, prefilling
 
     def _token_budget(self, num_decoding: int, prefilling: list[Sequence]) -> int:

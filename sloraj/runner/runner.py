@@ -7,7 +7,8 @@ one, so the device never waits for Python. Nothing here decides what runs: that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -162,10 +163,11 @@ class DeviceRunner:
         tokens: list[SampledToken] = []
         violations = 0
         if handle.drawn is not None:
-            drawn = np.asarray(handle.drawn)
-            floats = None if handle.floats is None else np.asarray(handle.floats)
-            for i, row in enumerate(handle.sampled):
-                tokens.append(_sampled_token(row, drawn[i], None if floats is None else floats[i]))
+            drawn = np.asarray(handle.drawn).tolist()
+            floats: Iterable[list[float] | None] = itertools.repeat(None)
+            if handle.floats is not None:
+                floats = np.asarray(handle.floats).tolist()
+            tokens = list(map(_sampled_token, handle.sampled, drawn, floats))
         if handle.logits is not None:
             violations = int(handle.logits.violations)
         return StepResult(handle.batch.step, tuple(tokens), violations)
@@ -288,10 +290,10 @@ def _variant(sampled: tuple[ScheduledRow, ...]) -> str:
     return FULL if any(needs_full_sampling(p) for p in params) else GREEDY
 
 
-def _sampled_token(row: ScheduledRow, drawn: np.ndarray, floats: np.ndarray | None) -> SampledToken:
+def _sampled_token(row: ScheduledRow, ints: list[int], floats: list[float] | None) -> SampledToken:
     logprobs = None
     wanted = row.sequence.params.logprobs
     if wanted is not None and floats is not None:
-        top = zip(drawn[2 : 2 + wanted].tolist(), floats[1 : 1 + wanted].tolist(), strict=True)
-        logprobs = TokenLogprobs(int(drawn[0]), float(floats[0]), tuple(top))
-    return SampledToken(row.sequence, int(drawn[0]), bool(drawn[1]), logprobs)
+        top = zip(ints[2 : 2 + wanted], floats[1 : 1 + wanted], strict=True)
+        logprobs = TokenLogprobs(ints[0], floats[0], tuple(top))
+    return SampledToken(row.sequence, ints[0], bool(ints[1]), logprobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.floors import Peaks
-from bench.kernels_lora import Case, decode_cases, measure, prefill_cases
+from bench.kernels_lora import Case, decode_cases, measure, prefill_cases, targets
 
 
 @pytest.mark.parametrize("num_rows", [6, 300])
@@ -32,3 +32,27 @@ def test_the_targets_shapes_are_all_there() -> None:
     }  # fmt: skip
     assert {case.num_rows for case in prefill} == {512, 2048, 8192}
     assert {case.num_slots for case in prefill} == {1, 4, 16, 64}
+
+
+def test_targets_compare_what_they_are_about() -> None:
+    us = {"8": 10.0, "16": 20.0, "32": 30.0, "64": 100.0, "mixed": 45.0}
+    rows = [
+        {"model": "llama-7b", "group": "attention", "num_rows": 64, "rank": rank, "us": time,
+         "popularity": "distinct", "num_slots": 64, "floor_us": 1.0,
+         "target_us": None if rank == "mixed" else 50.0}
+        for rank, time in us.items()
+    ]  # fmt: skip
+    rows.append(rows[0] | {"popularity": "identical", "us": 11.0, "target_us": None})
+    rows += [
+        rows[0] | {"num_rows": 2048, "num_slots": slots, "us": time, "rank": "16"}
+        for slots, time in ((1, 40.0), (64, 60.0))
+    ]
+    found = {entry["name"]: entry for entry in targets(rows)}
+    assert found["LoRA decode, llama-7b, attention, rank 64, 64 distinct"]["met"] is False
+    assert found["LoRA decode, llama-7b, attention, rank 8, 64 distinct"]["met"] is True
+    mixed = found["LoRA decode, llama-7b, attention, mixed ranks by the mean of uniform ones"]
+    assert (mixed["measured"], mixed["target"], mixed["met"]) == (45.0, "at most 42", False)
+    shared = found["LoRA decode, llama-7b, attention, rank 8, one shared"]
+    assert (shared["target"], shared["met"]) == ("at most 10", False)
+    prefill = found["LoRA prefill, llama-7b, 2048 tokens, rank 16, 1 to 64 adapters"]
+    assert (prefill["number"], prefill["measured"], prefill["met"]) == ("2", 60.0, False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import decode_attention_triton
 from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
@@ -146,6 +147,10 @@ def test_attention_kernels_agree_with_the_oracle(
         "scale": head_dim**-0.5,
         "implementation": "triton",
     }
+    whole_rows = decode_attention_triton.Config(
+        extra_parts=0, min_part=256, heads_first=True, edges_apart=False, block_kv=32,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
     rng = np.random.default_rng(0)
     q = (3 * rng.normal(size=(len(tokens) + 2, heads, head_dim))).astype(dtype)
     rows = np.array([2, 0, 1, 3, 4, 0], np.int32)
@@ -153,18 +158,22 @@ def test_attention_kernels_agree_with_the_oracle(
 
     @jax.jit
     def run(q: Any, pool: Any, page_table: Any, rows: Any, seen: Any, tiles: Any, w: Any) -> Any:
-        decoded = paged_decode_attention(q[:6], pool, page_table, rows, seen, w, **keywords)
-        return decoded, paged_ragged_attention(q, pool, page_table, tiles, w, **keywords)
+        arrays = (pool, page_table, rows, seen, w)
+        cut = paged_decode_attention(q, *arrays, **keywords)
+        whole = paged_decode_attention(q[:6], *arrays, config=whole_rows, **keywords)
+        prefilled = paged_ragged_attention(q, pool, page_table, tiles, w, **keywords)
+        return cut, whole, prefilled
 
     for window in (2**31 - 1, 100):
         arrays = (q, contexts.pool, contexts.page_table, rows, seen, tiles, np.int32(window))
-        decoded, prefilled = (np.asarray(array) for array in run(*arrays))
+        cut, whole, prefilled = (np.asarray(array) for array in run(*arrays))
         for token in range(5):
             want = contexts.attention(
                 q[token], int(rows[token]), int(seen[token]) - 1, window, head_dim**-0.5
             )
-            assert_close(decoded[token], want, inner=dtype)
-        assert not decoded[5].any()
+            assert_close(cut[token], want, inner=dtype)
+            assert_close(whole[token], want, inner=dtype)
+        assert not cut[5].any() and not whole[5].any()
         for t, token_at in enumerate(tokens):
             assert token_at is not None
             want = contexts.attention(q[t], *token_at, window, head_dim**-0.5)

@@ -116,15 +116,25 @@ def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
         "implementation": "triton",
     }
 
+    def q_of(num_tokens: int) -> jax.ShapeDtypeStruct:
+        return bf16(num_tokens, heads, head_dim)
+
     def decode(*args: Any) -> Any:
         return paged_decode_attention(*args, **keywords)
 
     def prefill(*args: Any) -> Any:
         return paged_ragged_attention(*args, **keywords)
 
-    table, q = array(256, 512), bf16(64, heads, head_dim)
-    assert TRITON in lowered(decode, q, pool, table, array(64), array(64), array())
-    assert TRITON in lowered(prefill, q, pool, table, tiles, array())
+    table, q = array(257, 512), q_of(300)
+    for num_rows, num_tokens, width, num_kernels in (
+        (256, 256, 8, 1),  # rows are too short to be cut
+        (64, 64, 512, 2),  # rows are cut and joined
+        (256, 300, 512, 2),  # and the rows are the first tokens of a longer step
+    ):
+        arrays = (q_of(num_tokens), pool, array(257, width), array(num_rows), array(num_rows))
+        assert lowered(decode, *arrays, array()).count(TRITON) == num_kernels
+    program = lowered(prefill, q, pool, table, tiles, array(), q, donate=(6,))
+    assert TRITON in program and "output_operand_alias" in program
 
 
 @pytest.mark.parametrize(

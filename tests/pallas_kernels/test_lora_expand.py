@@ -66,7 +66,7 @@ def assert_untouched_rows_are_equal_bit_for_bit(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("block_rows", [1, 4, 16])
+@pytest.mark.parametrize("block_rows", [1, 4])
 def test_every_row_gets_the_delta_of_its_own_adapter(
     implementation: str, popularity: str, block_rows: int
 ) -> None:
@@ -149,7 +149,7 @@ def test_a_device_adds_to_its_own_columns_only(implementation: str, block_rows: 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_rows", [1, 4, 32])
+@pytest.mark.parametrize("block_rows", [1, 32])
 def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
     case = make_case(
         row_slots=np.array([1] * 5 + [2], np.int32),
@@ -168,10 +168,10 @@ def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> Non
 @pytest.mark.parametrize(
     ("block_rows", "config"),
     [
-        (1, Config(block_chunks=1, block_ranks=16, num_warps=2, num_stages=1)),
-        (1, Config(block_chunks=8, block_ranks=8, num_warps=8, num_stages=2)),
-        (4, Config(block_chunks=1, block_ranks=16, num_warps=4, num_stages=1)),
-        (4, Config(block_chunks=4, block_ranks=32, num_warps=4, num_stages=4)),
+        (1, Config(block_chunks=1, row_ranks=16, num_warps=2)),
+        (1, Config(block_chunks=8, row_ranks=8, num_warps=8)),
+        (4, Config(block_chunks=1, tile_ranks=16, tile_columns=128, num_warps=4)),
+        (4, Config(block_chunks=4, tile_ranks=32, tile_columns=32, num_warps=4)),
     ],
 )
 def test_every_configuration_gives_the_same_answer(block_rows: int, config: Config) -> None:

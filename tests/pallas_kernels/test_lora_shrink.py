@@ -53,7 +53,7 @@ def assert_is_oracle(v: np.ndarray, case: LoraCase, modules: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("block_rows", [1, 4, 16])
+@pytest.mark.parametrize("block_rows", [1, 4])
 def test_every_row_is_projected_by_its_own_adapter(
     implementation: str, popularity: str, block_rows: int
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_device_shrinks_with_its_share_of_the_rank_rows(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("block_rows", [1, 4, 32])
+@pytest.mark.parametrize("block_rows", [1, 32])
 def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> None:
     case = make_case(
         row_slots=np.array([1] * 5 + [2], np.int32),
@@ -145,10 +145,10 @@ def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> Non
 @pytest.mark.parametrize(
     ("block_rows", "config"),
     [
-        (1, Config(num_shares=4, block_ranks=2, block_chunks=2, num_warps=2, num_stages=1)),
-        (1, Config(num_shares=3, block_ranks=4, block_chunks=64, num_warps=8, num_stages=2)),
-        (4, Config(num_shares=1, block_ranks=16, block_chunks=1, num_warps=4, num_stages=1)),
-        (4, Config(num_shares=2, block_ranks=32, block_chunks=4, num_warps=4, num_stages=4)),
+        (1, Config(num_shares=4, row_ranks=2, row_chunks=2, num_warps=2)),
+        (1, Config(num_shares=3, row_ranks=4, row_chunks=64, num_warps=8)),
+        (4, Config(num_shares=1, tile_ranks=16, tile_chunks=1, num_warps=4, num_stages=1)),
+        (4, Config(num_shares=2, tile_ranks=32, tile_chunks=4, num_warps=4, num_stages=4)),
     ],
 )
 def test_every_configuration_gives_the_same_answer(block_rows: int, config: Config) -> None:

@@ -61,13 +61,27 @@ def test_tiles_that_the_kernel_cannot_take_are_refused() -> None:
     contexts = make_contexts(
         lengths=[20], num_kv_heads=1, head_dim=64, page_size=16, dtype=jnp.bfloat16, seed=3
     )
-    tiles, _ = make_query_tiles([(0, 0, 20)], block_q=64, capacity=2)
-    q = jnp.zeros((20, 2, 64), jnp.bfloat16)
-    keywords: dict[str, Any] = {"num_kv_heads": 1, "page_size": 16, "scale": 1.0}
-    with pytest.raises(ValueError, match="block_q: got 64, allowed: 128"):
+
+    def attend(block_q: int, dtype: Any, page_size: int) -> None:
+        tiles, _ = make_query_tiles([(0, 0, 20)], block_q=block_q, capacity=2)
         paged_ragged_attention(
-            q, contexts.pool, contexts.page_table, tiles, 9, implementation="mosaic", **keywords
+            jnp.zeros((20, 2, 64), dtype),
+            jnp.zeros((3, 2 * page_size * 64), jnp.bfloat16),
+            contexts.page_table,
+            tiles,
+            jnp.int32(9),
+            num_kv_heads=1,
+            page_size=page_size,
+            scale=1.0,
+            implementation="mosaic",
         )
+
+    with pytest.raises(ValueError, match="block_q: got 64, allowed: 128"):
+        attend(64, jnp.bfloat16, 16)
+    with pytest.raises(ValueError, match="got float32"):
+        attend(128, jnp.float32, 16)
+    with pytest.raises(ValueError, match="page_size: got 24"):
+        attend(128, jnp.bfloat16, 24)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this JAX has the interpreter")

@@ -24,10 +24,11 @@ OUT = {0: 384, 1: 128, 2: 128}
 PAGE_CHUNKS = (8, 2)  # rows of three chunks straddle pages here and there, or everywhere
 
 
-def make(page_chunks: int, dtype: Any = jnp.bfloat16) -> LoraCase:
+def make(page_chunks: int, rank_split: int = 1) -> LoraCase:
     return make_case(
         row_slots=np.array([1, 0, 2, 2, 2, 2, 2, 2]), ranks=RANKS, in_size=384, out_size=OUT,
-        page_elems=page_chunks * 128, block_rows=8, dtype=dtype, seed=page_chunks, spare_tiles=1,
+        page_elems=page_chunks * 128, block_rows=8, dtype=jnp.bfloat16,
+        seed=page_chunks, spare_tiles=1, rank_split=rank_split,
     )  # fmt: skip
 
 
@@ -37,13 +38,13 @@ def arrays(case: LoraCase) -> tuple[Any, ...]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("page_chunks", PAGE_CHUNKS)
-def test_every_row_is_projected_by_its_own_adapter(page_chunks: int) -> None:
-    case = make(page_chunks)
+@pytest.mark.parametrize(("page_chunks", "rank_split"), [(8, 1), (2, 1), (8, 2)])
+def test_every_row_is_projected_by_its_own_adapter(page_chunks: int, rank_split: int) -> None:
+    case = make(page_chunks, rank_split)
     config = lora_shrink_mosaic.Config(block_ranks=8, block_chunks=2, ring_bytes=2048)
     v = lora_shrink(
-        jnp.asarray(case.x), *arrays(case), modules=MODULES, num_rows=16, rank_split=1,
-        implementation="mosaic", config=config, interpret=True,
+        jnp.asarray(case.x), *arrays(case), modules=MODULES, num_rows=13,
+        rank_split=rank_split, implementation="mosaic", config=config, interpret=True,
     )  # fmt: skip
     shrunk = np.asarray(v)
     answers = case.shrunk(MODULES)

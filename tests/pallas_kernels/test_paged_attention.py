@@ -134,6 +134,43 @@ def test_the_split_of_a_long_context_does_not_show(implementation: str) -> None:
             assert not out[3].any()
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, 500])
+@pytest.mark.parametrize(("extra_parts", "min_part"), [(1, 32), (7, 64), (40, 32), (200, 32)])
+def test_parts_cover_what_each_row_sees_exactly_once(
+    extra_parts: int, min_part: int, window: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(0, 2000, size=20).astype(np.int32)
+    lengths[[3, 7]] = 0, 1
+    rows = np.arange(20, dtype=np.int32)[::-1]
+    config = decode_attention_triton.Config(
+        extra_parts=extra_parts, min_part=min_part, heads_first=False, edges_apart=True,
+        block_kv=32, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    cut = decode_attention_triton.cut_contexts(
+        jnp.asarray(rows), jnp.asarray(lengths), jnp.int32(window), config
+    )
+    parts = decode_attention_triton.Parts(*map(np.asarray, cut))
+    seen: dict[int, list[int]] = {token: [] for token in range(20)}
+    for part in range(20 + extra_parts):
+        token = int(parts.token[part])
+        if token < 20:
+            assert parts.row[part] == rows[token]
+            seen[token] += range(parts.begin[part], parts.end[part])
+    for token, length in enumerate(lengths):
+        assert seen[token] == list(range(max(0, length - window), length))
+        number = np.flatnonzero(parts.token == token)
+        assert (parts.siblings[number] == len(number)).all() and len(number) >= 1
+        place = np.flatnonzero(parts.cut_token == token)
+        if len(number) > 1:
+            assert (parts.first_of[place], parts.count_of[place]) == (number[0], len(number))
+            longest = max(parts.end[number] - parts.begin[number])
+            assert longest >= min_part and longest <= max(
+                min_part, lengths.sum() / extra_parts + 64
+            )
+        else:
+            assert len(place) == 0
+
+
 @pytest.mark.parametrize("extra_parts", [0, 9])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_may_be_the_first_tokens_of_a_longer_step(

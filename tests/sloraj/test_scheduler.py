@@ -189,20 +189,42 @@ def test_a_preempted_sequence_waits_for_its_token_in_flight() -> None:
     assert (new.num_in_flight, len(new.output_token_ids)) == (1, 2)
 
 
-@pytest.mark.parametrize(("token", "max_output"), [(3, 2), (7, 9)])
-def test_a_preempted_sequence_may_end_by_the_token_in_flight(token: int, max_output: int) -> None:
+def test_a_preempted_sequence_may_end_by_the_token_in_flight() -> None:
     hand = ByHand(num_pages=5, page_size=4)
-    old, new = hand.add(7), hand.add(3, max_output=max_output)
+    old, new = hand.add(7), hand.add(3)
     hand.read(hand.schedule())
     enqueued = hand.schedule()
     hand.schedule()
-    assert new.state is (SequenceState.RUNNING if max_output == 2 else SequenceState.WAITING)
-    if new.state is SequenceState.RUNNING:
-        hand.scheduler._preempt(new)
-    hand.read(enqueued, token)
-    assert new.state is SequenceState.FINISHED
-    assert hand.scheduler.num_waiting == 0
-    assert (old.state is SequenceState.FINISHED) == (token == 7)
+    assert new.state is SequenceState.WAITING
+    hand.read(enqueued, token=7)
+    assert (new.state, old.state) == (SequenceState.FINISHED, SequenceState.FINISHED)
+    assert hand.scheduler.is_idle
+
+
+def test_a_sequence_makes_room_while_its_last_token_is_in_flight() -> None:
+    hand = ByHand(max_num_seqs=1)
+    first, second = hand.add(3, max_output=2), hand.add(5)
+    hand.read(hand.schedule())
+    last = hand.schedule()
+    batch = hand.schedule()
+    assert [row.sequence for row in batch.rows] == [second]
+    assert (first.state, first.pages, first.row) == (SequenceState.ENDING, [], None)
+    hand.scheduler.check_integrity()
+    hand.read(last)
+    assert (first.state, len(first.output_token_ids)) == (SequenceState.FINISHED, 2)
+
+
+def test_what_is_aborted_with_its_last_token_in_flight_says_nothing_more() -> None:
+    hand = ByHand()
+    sequence = hand.add(3, max_output=1)
+    enqueued = hand.schedule()
+    assert hand.scheduler.schedule() is None
+    assert sequence.state is SequenceState.ENDING
+    hand.scheduler.abort(sequence)
+    result = StepResult(enqueued.step, (SampledToken(sequence, 3, True),))
+    assert hand.scheduler.update(result) == []
+    assert sequence.state is SequenceState.FINISHED
+    hand.scheduler.check_integrity()
 
 
 def test_a_preempted_sequence_computes_all_its_tokens_again_in_a_fresh_row() -> None:

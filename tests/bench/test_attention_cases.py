@@ -1,0 +1,35 @@
+"""The batches that attention is measured on: their floors, pages and tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.attention_cases import Batch, make_inputs
+from bench.floors import Peaks
+
+PEAKS = Peaks(read_bytes_per_s=1e12, flops_per_s=1e14)
+
+
+def test_a_batch_costs_the_bytes_of_its_rows_and_the_operations_of_its_chunks() -> None:
+    rows = Batch(name="rows", model="llama-3.1-8b", contexts=(512, 100))
+    assert rows.floor_s(PEAKS) == 612 * 2 * 8 * 128 * 2 / 1e12
+    chunk = Batch(name="chunk", model="llama-3.1-8b", chunks=((1000, 4096),))
+    pairs = sum(1000 + i + 1 for i in range(4096))
+    assert np.isclose(chunk.floor_s(PEAKS), 4 * pairs * 32 * 128 / 1e14)
+
+
+def test_inputs_never_share_a_page_and_tiles_cover_the_chunks() -> None:
+    batch = Batch(
+        name="mixed", model="demo", contexts=(20, 1), chunks=((30, 40), (0, 5)), num_padding=3
+    )
+    inputs, (pool, rows, lengths, tiles) = make_inputs(batch, 16, num_inputs=2)
+    pages = np.concatenate([np.asarray(table).ravel() for _, table in inputs])
+    used = pages[pages > 0]
+    assert len(set(used.tolist())) == len(used) == 2 * (2 + 1 + 5 + 1) <= len(pool)
+    assert lengths.tolist() == [20, 1, 0, 0, 0] and rows.tolist() == [0, 1, 2, 3, 4]
+    assert tiles is not None
+    spans = [
+        (int(row), int(position), int(size))
+        for row, position, size in zip(tiles.row, tiles.position, tiles.q_len, strict=True)
+    ]
+    assert spans[: int(tiles.num_tiles[0])] == [(2, 62, 8), (2, 46, 16), (2, 30, 16), (3, 0, 5)]
