@@ -91,7 +91,8 @@ class Config:
                 if config is not None:
                     blocks = pl.cdiv(out_size, groups * block_out) * split
                     waves = pl.cdiv(blocks, NUM_BLOCKS)
-                    found.append((blocks / (waves * NUM_BLOCKS) - 0.02 * split, config))
+                    fill = blocks / (waves * NUM_BLOCKS)
+                    found.append((fill - 0.02 * split - 0.05 * waves, config))
         return max(found, key=lambda rated: rated[0])[1] if found else None
 
 
@@ -143,7 +144,7 @@ class _Block:
         return (wide, narrow) if self.config.swap else (narrow, wide)
 
 
-def _multiply(block: _Block, delay: int, weight: Ref, x: Ref, sums: Ref) -> Ref:
+def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
     """One step of the loop, for the features of this warpgroup."""
     config = block.config
     weight = weight.at[pl.ds(block.group * config.block_out, config.block_out)]
@@ -153,7 +154,7 @@ def _multiply(block: _Block, delay: int, weight: Ref, x: Ref, sums: Ref) -> Ref:
         plgpu.wgmma(sums, weight, x.T)
     else:
         plgpu.wgmma(sums, x, weight.T)
-    plgpu.wgmma_wait(delay)
+    plgpu.wgmma_wait(0)
     return sums
 
 
@@ -209,7 +210,6 @@ def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows:
         share=jax.lax.axis_index("share"), group=jax.lax.axis_index("group"),
     )  # fmt: skip
     share_in = x_ref.shape[1] // config.split_in
-    delay = 1 if weight_ref.dtype == x_ref.dtype else 0  # products under way as tiles are freed
 
     def compute(pipeline: Any) -> None:
         def accumulate(sums_ref: Ref) -> None:
@@ -226,17 +226,17 @@ def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows:
         pl.run_scoped(accumulate, plgpu.ACC(block.sums_shape, jnp.float32))
 
     pipeline = plgpu.emit_pipeline_warp_specialized(
-        lambda _, weight, x, sums: _multiply(block, delay, weight, x, sums),
+        lambda _, weight, x, sums: _multiply(block, weight, x, sums),
         grid=(share_in // config.block_in,),
         memory_registers=40,
         in_specs=[
             plgpu.BlockSpec(
                 (block.size, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, weight_ref.dtype), delay_release=delay,
+                transforms=_transforms(config.block_in, weight_ref.dtype),
             ),
             plgpu.BlockSpec(
                 (block_rows, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, x_ref.dtype), delay_release=delay,
+                transforms=_transforms(config.block_in, x_ref.dtype),
                 collective_axes=("beside",) if config.num_beside > 1 else (),
             ),
         ],
