@@ -21,7 +21,7 @@ def command() -> str:
     """The command that is running, as a user would type it; output paths are left out."""
     words, skip = [], False
     for word in sys.argv[1:]:
-        if skip or word in ("--out", "--commit", "--cache-dir"):
+        if skip or word in ("--out", "--commit", "--cache-dir", "--against", "--scratch"):
             skip = not skip
             continue
         words.append(word)

@@ -10,6 +10,7 @@ host work. Weights and prompts are random. `--profile` adds the kernels of one o
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
 ABSOLUTE_MS = {"base": 8.7, "s1": 9.0, "s2": 9.8}  # Llama-7B, 64 rows, context 512
-NOT_RECORDED = ("out", "cache_dir", "commit")
+NOT_RECORDED = ("out", "cache_dir", "commit", "against")
 
 
 class Bench:
@@ -151,14 +152,18 @@ def main() -> None:
         "num_programs": bench.runner.num_programs,
         "compiles_after_ready": bench.runner.stats()["compiles_after_ready"],
         "cases": cases,
-        "targets": targets(cases, args.geometry),
+        "targets": targets(cases, args.geometry, args.quantization, args.against),
     }
     record(result, args.out)
     print(table(cases))
 
 
-def targets(cases: list[dict[str, Any]], geometry: str) -> list[dict[str, Any]]:
+def targets(
+    cases: list[dict[str, Any]], geometry: str, quantization: str | None, against: Path | None
+) -> list[dict[str, Any]]:
     """What the plan wants of steps: near the floor, with adapters as without."""
+    if quantization is not None:
+        return _quantized_targets(cases, f"{geometry}, {quantization}", against)
     entries = []
     base = {case["rows"]: case for case in cases if case["kind"] == "base"}
     for case in cases:
@@ -204,6 +209,32 @@ def targets(cases: list[dict[str, Any]], geometry: str) -> list[dict[str, Any]]:
     return entries
 
 
+def _quantized_targets(
+    cases: list[dict[str, Any]], name: str, against: Path | None
+) -> list[dict[str, Any]]:
+    entries = []
+    before = [] if against is None else json.loads(against.read_text())["cases"]
+    wide_s = {(case["rows"], case["kind"]): case["decode_step_s"] for case in before}
+    for case in cases:
+        key, step_s = (case["rows"], case["kind"]), case["decode_step_s"]
+        if key == (64, "base"):
+            floor_ms = case["decode_floor_s"] * 1e3
+            entries.append(
+                target(
+                    "4", f"decode step, {name}, 64 rows", measured=step_s * 1e3, floor=floor_ms,
+                    limit=1.15 * floor_ms, unit="ms",
+                )
+            )  # fmt: skip
+        if key == (1, "base") and key in wide_s:
+            entries.append(
+                target(
+                    "4", f"one row, times as fast as bfloat16, {name}", is_minimum=True, limit=1.7,
+                    measured=wide_s[key] / step_s, unit="times",
+                )
+            )  # fmt: skip
+    return entries
+
+
 def elementwise_share(groups: dict[str, dict[str, float]]) -> float:
     """Of the kernels' time, what is neither matmul nor attention nor LoRA."""
     total = sum(cost["us"] for cost in groups.values())
@@ -243,6 +274,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--kernels")
     parser.add_argument("--quantization", choices=("int8", "fp8"))
+    parser.add_argument("--against", type=Path, help="result of the same without quantization")
     parser.add_argument("--profile", type=int, help="rows of the batches to look into")
     parser.add_argument("--measure-peaks", action="store_true")
     parser.add_argument("--cache-dir")
