@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import tune_linear
+from bench import kernels_linear, tune_linear
 from bench.tune_linear import (
     SHAPES,
     TUNED,
@@ -82,3 +82,14 @@ def test_the_fastest_right_way_is_written_and_others_entries_stay(tmp_path: Path
         "linear_triton": entries["linear_triton"],
     }
     assert describe(results[0]["case"]) != describe(results[1]["case"]) == "xla"
+
+
+def test_products_are_judged_by_their_worst_shape_and_by_the_way_of_the_engine() -> None:
+    def entry(shape: str, way: str, us: float) -> dict[str, Any]:
+        sizes = {"floor_us": 8.0, "limit_us": 12.0, "dtype": "bfloat16", "rows": 64}
+        return {"shape": shape, "way": way, "us": us, **sizes}
+
+    entries = [entry("o", "m1*32", 11.0), entry("o", "xla", 15.0), entry("down", "xla", 13.0)]
+    [judged] = kernels_linear.targets(entries)
+    assert "1 of 2 shapes in their limits, worst down" in str(judged)
+    assert judged["met"] is False

@@ -124,13 +124,7 @@ def test_what_cannot_run_is_refused_and_never_replaced(
 def test_a_measured_configuration_is_found_by_its_shape(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {
-        "block_ranks": 8,
-        "block_chunks": 2,
-        "num_shares": 4,
-        "num_warps": 2,
-        "num_stages": 1,
-    }
+    config = {"num_shares": 4, "num_warps": 2, "num_stages": 1}
     table = {"lora_shrink": {"num_rows=64,width=4096": {"config": config, "us": 9.5}}}
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "some-gpu.json").write_text(json.dumps(table))
