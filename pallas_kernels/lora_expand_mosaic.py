@@ -31,8 +31,17 @@ ROWS_AT_ONCE = 4  # rows of a tile that share a pass over B; their sums are held
 class Config:
     """How one block works."""
 
-    block_chunks: int = 8  # columns that a block owns, in chunks of 128, at most
-    num_slots: int = 16  # pieces of B on their way to a block
+    block_chunks: int  # columns that a block owns, in chunks of 128, at most
+    num_slots: int  # pieces of B on their way to a block
+
+    @classmethod
+    def heuristic(cls, *, num_runs: int) -> Config:
+        """What was best on an H200 for so many tiles times modules."""
+        if num_runs >= 128:
+            return cls(block_chunks=16, num_slots=4)
+        if num_runs >= 16:
+            return cls(block_chunks=8, num_slots=16)
+        return cls(block_chunks=2, num_slots=32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,7 +182,8 @@ def lora_expand_mosaic(
 ) -> jax.Array:
     """`lora_expand` in Mosaic GPU. All widths and the column offset are multiples of 128."""
     num_tokens, width = base.shape
-    config = config or Config()
+    if config is None:
+        config = Config.heuristic(num_runs=len(adapters.slots) * len(modules))
     blocks = _column_blocks([whole_chunks(size) for size in out_sizes], config.block_chunks)
     ring = min(config.num_slots, v.shape[2], MAX_BARRIERS)
     size = max(block.size for block in blocks)

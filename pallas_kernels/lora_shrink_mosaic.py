@@ -37,9 +37,15 @@ STEP_CHUNKS = 8  # chunks whose products are held in registers
 class Config:
     """How one block works."""
 
-    block_ranks: int = 8  # rows of A that a block owns, a multiple of 4
-    block_chunks: int = 32  # chunks of a row in a copy, at most
-    ring_bytes: int = 65_536  # rows of A on their way to a block
+    block_ranks: int  # rows of A that a block owns, a multiple of 4
+    block_chunks: int  # chunks of a row in a copy, at most
+    ring_bytes: int  # rows of A on their way to a block
+
+    @classmethod
+    def heuristic(cls, *, num_runs: int) -> Config:
+        """What was best on an H200 for so many tiles times modules."""
+        block_ranks = 8 if num_runs >= 128 else 4
+        return cls(block_ranks=block_ranks, block_chunks=32, ring_bytes=block_ranks * 8192)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,7 +231,8 @@ def lora_shrink_mosaic(
     """`lora_shrink` in Mosaic GPU. The width of x is a multiple of 128."""
     num_tokens = x.shape[0]
     row_chunks = whole_chunks(x.shape[1])
-    config = config or Config()
+    if config is None:
+        config = Config.heuristic(num_runs=len(adapters.slots) * len(modules))
     pieces = _Pieces.of(row_chunks, config.block_chunks)
     unit_bytes = QUAD * pieces.size * CHUNK * x.dtype.itemsize
     most_units = pl.cdiv(min(config.block_ranks, num_rows), QUAD) * pieces.count
