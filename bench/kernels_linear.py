@@ -2,9 +2,9 @@
 
     python -m bench.kernels_linear --out bench/results/nvidia-h200/kernels-linear.json
 
-Each base product of the geometries at 1 to 128 rows, in bfloat16, int8 and fp8, by the kernel that
-the table of the device gives, with XLA's matmul of bfloat16 weights beside it. Targets: at least
-92% of the read bandwidth, or 4 us above a floor of less than 20 us.
+Each base product of a geometry in bfloat16, int8 and fp8, by the kernel that the device's table
+gives, with XLA's matmul of bfloat16 weights beside it. Targets: at least 92% of the read bandwidth,
+or 4 us above a floor of less than 20 us.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from bench.floors import limit_s, measure_peaks
 from bench.record import command, commit, record
+from bench.summary import target
 from bench.tune_linear import DTYPES, SHAPES, Case, compile_all, describe, ints, time_all
 from pallas_kernels.linear import chosen_config
 
@@ -37,12 +38,36 @@ def chosen(shape: str, dtype: str, rows: int) -> Case:
     return Case(shape, dtype, rows, config)
 
 
+def targets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What target 4 names of products, each type and number of rows by its worst shape."""
+    found = []
+    for dtype, rows in sorted({(entry["dtype"], entry["rows"]) for entry in entries}):
+        mine = [entry for entry in entries if (entry["dtype"], entry["rows"]) == (dtype, rows)]
+        # of two ways the engine's is judged, which is XLA where there is no other
+        ways = {entry["shape"]: entry for entry in sorted(mine, key=lambda e: e["way"] != "xla")}
+        judged = list(ways.values())
+        worst = max(judged, key=lambda entry: entry["us"] / entry["limit_us"])
+        met = sum(entry["us"] <= entry["limit_us"] for entry in judged)
+        found.append(
+            target(
+                "4",
+                f"products of {rows} rows, {dtype}: {met} of {len(judged)} shapes in their limits, "
+                f"worst {worst['shape']}",
+                measured=worst["us"],
+                limit=worst["limit_us"],
+                unit="us",
+                floor=worst["floor_us"],
+            )
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     words = {"type": lambda text: text.split(",")}
-    parser.add_argument("--shapes", **words, default=list(SHAPES))
+    parser.add_argument("--shapes", **words, default=["7b.qkv", "o", "7b.gate_up", "7b.down"])
     parser.add_argument("--dtypes", **words, default=list(DTYPES))
-    parser.add_argument("--rows", type=ints, default=[1, 8, 16, 64, 128])
+    parser.add_argument("--rows", type=ints, default=[64, 1])
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument(
         "--compile-s", type=float, default=1e9, help="seconds until which to compile"
@@ -51,12 +76,13 @@ def main() -> None:
     parser.add_argument("--commit", help="where the tree is not a repository")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    args.lock = None
+    args.lock, args.hang_s = None, 10.0
     started = time.monotonic()
     peaks = measure_peaks()
     found = [chosen(s, d, r) for r in args.rows for s in args.shapes for d in args.dtypes]
     found += [Case(s, "bfloat16", r, None) for r in args.rows for s in args.shapes]
-    results = time_all(compile_all(list(dict.fromkeys(found)), args, started), args, started)
+    programs = compile_all(list(dict.fromkeys(found)), args, started)
+    results = [result for group in time_all(programs, args, started) for result in group]
     entries: list[dict[str, Any]] = []
     for result in results:
         case = result["case"]
@@ -71,7 +97,7 @@ def main() -> None:
                 "us": result["us"],
                 "floor_us": floor * 1e6,
                 "share": floor * 1e6 / result["us"],
-                "met": result["us"] * 1e-6 <= limit_s(floor, SHARE),
+                "limit_us": limit_s(floor, SHARE) * 1e6,
                 "error": result["error"],
             }
         )
@@ -84,6 +110,7 @@ def main() -> None:
             "jax": jax.__version__,
             "read_bytes_per_s": peaks.read_bytes_per_s,
             "results": entries,
+            "targets": targets(entries),
         },
         args.out,
     )
@@ -91,7 +118,7 @@ def main() -> None:
         print(
             f"{entry['shape']:12} {entry['dtype']:9} {entry['rows']:4d} rows "
             f"{entry['us']:7.1f} us, floor {entry['floor_us']:6.1f} ({entry['share']:.0%}) "
-            f"{'met' if entry['met'] else '   '} {entry['way']}"
+            f"{'met' if entry['us'] <= entry['limit_us'] else '   '} {entry['way']}"
         )
 
 

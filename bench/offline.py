@@ -18,6 +18,7 @@ Prompts are random token ids, generation is greedy and ignores eos. The result i
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -29,6 +30,13 @@ import numpy as np
 
 from bench.adapter_files import write_adapters
 from bench.geometries import GEOMETRIES, write_geometry
+from bench.idle import (
+    NUM_INSTALLED,
+    install_targets,
+    measure_installs,
+    measure_rows,
+    row_targets,
+)
 from bench.offline_run import run_requests
 from bench.random_adapters import random_or_read_loader
 from bench.record import command, commit, record
@@ -41,6 +49,7 @@ from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
 
 NOT_RECORDED = ("out", "cache_dir", "commit", "scratch")  # of this machine, or elsewhere
+IDLE_PROMPT = 64  # tokens: what is left of the context must do for all that is measured
 MODES = ("base", "cold", "warm", "disk", "engine")
 
 
@@ -73,7 +82,7 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_waiting=args.requests,
-        max_adapter_slots=max(args.adapters, 1),
+        max_adapter_slots=args.adapters + NUM_INSTALLED,
         pool_bytes=args.pool_bytes,
         kernels=args.kernels,
         compilation_cache_dir=args.cache_dir,
@@ -101,19 +110,17 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
     }
     if not args.start_only:
         workload = _Workload(args)
-        result |= _run_modes(args, core, workload, [m for m in modes if m != "engine"], paths)
+        _run_modes(args, core, workload, paths, result)
         core.check_integrity()
     result["runner"] = core.stats()["runner"]
     result["memory"] = jax.devices()[0].memory_stats()
     if "engine" in modes:
-        names = workload.adapters_of(modes[modes.index("engine") - 1])
-        result["through_engine"] = run_through_engine(
-            core, info, model, workload.prompts, names, args.output
+        before = modes[modes.index("engine") - 1]
+        through = run_through_engine(
+            core, info, model, workload.prompts, workload.adapters_of(before), args.output
         )
-        alone = result[modes[modes.index("engine") - 1]]["requests_per_s"]
-        result["through_engine"]["over_core_alone"] = (
-            result["through_engine"]["requests_per_s"] / alone
-        )
+        over = through["requests_per_s"] / result[before]["requests_per_s"]
+        result["through_engine"] = through | {"over_core_alone": over}
     result["targets"] = _targets(args, result)
     return result
 
@@ -142,6 +149,10 @@ def _targets(args: argparse.Namespace, result: dict[str, Any]) -> list[dict[str,
             for mode, share in (("warm", 0.93), ("cold", 0.85), ("disk", 0.6))
             if mode in result
         ]  # fmt: skip
+    for measured in result.get("idle", ()):
+        found += row_targets(measured)
+    if "installs" in result:
+        found += install_targets(result["installs"])
     if is_planned and "through_engine" in result:
         found.append(
             target(
@@ -177,21 +188,32 @@ def _run_modes(
     args: argparse.Namespace,
     core: EngineCore,
     workload: _Workload,
-    modes: list[str],
     paths: Mapping[str, str],
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"raw_base": raw_step_s(core, args.input, args.max_num_seqs, [None])}
+    result: dict[str, Any],
+) -> None:
+    """Fill in the result of each mode, and write out what there is after each."""
+    rows = args.max_num_seqs
     names: list[str | None] = [None]
-    for mode in modes:
+    result["raw_base"] = raw_step_s(core, args.input, rows, names)
+    for mode in args.modes.split(","):
+        if mode == "engine":
+            continue
         names = workload.adapters_of(mode)
         result[mode] = run_requests(
             core, workload.prompts, names, args.output, mode, paths if mode == "disk" else {}
         )
+        per_s = result[mode]["requests_per_s"]
         if "base" in result:
-            per_s = result[mode]["requests_per_s"]
             result[mode]["over_base"] = per_s / result["base"]["requests_per_s"]
-    result["raw_adapters"] = raw_step_s(core, args.input, args.max_num_seqs, names)
-    return result
+        print(f"{mode}: {per_s:.1f} requests/s", flush=True)
+        result["targets"] = _targets(args, result)
+        if args.out is not None:  # should the rest not end in its time
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1))
+    result["raw_adapters"] = raw_step_s(core, args.input, rows, names)
+    if args.idle:
+        result["idle"] = [measure_rows(core, r, IDLE_PROMPT) for r in sorted({1, rows})]
+        result["installs"] = measure_installs(core, rows, IDLE_PROMPT)
 
 
 def _parse() -> argparse.Namespace:
@@ -211,6 +233,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cache-dir")
     parser.add_argument("--scratch", help="where adapters are written")
     parser.add_argument("--commit", help="where the tree is not a repository")
+    parser.add_argument("--idle", action="store_true", help="then as bench.idle")
     parser.add_argument("--start-only", action="store_true", help="measure start-up alone")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

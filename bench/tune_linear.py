@@ -18,6 +18,8 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,30 +104,27 @@ class Case:
 
 def mosaic_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int) -> list[Config]:
     """Blocks that fill the device once, best filled first."""
-    wide = mosaic.WGMMA_ROWS
-    rated = []
-    swaps = (True,) if weight_bytes == 1 else (False,)
-    for swap in swaps:
-        for split in (1, 2, 4):
-            for groups in (1, 2, 3, 4) if swap else (1,):
-                one_wave = math.ceil(out_size * split / mosaic.NUM_BLOCKS / 8) * 8
-                block_out = wide if swap else min(256, one_wave)
-                if not swap and (split == 4 or one_wave > 256):
+    rated: list[tuple[float, Config]] = []
+    swap = weight_bytes == 1
+    for split in (1, 2, 4):
+        one_wave = math.ceil(out_size * split / mosaic.NUM_BLOCKS / 8) * 8
+        blocks_out = ((64, 1), (64, 2), (64, 3), (128, 2)) if swap else ((one_wave, 1),)
+        for block_out, groups in blocks_out:
+            if block_out > 256 or (block_out == 128 and swap and rows > 64):
+                continue
+            blocks = math.ceil(out_size / block_out / groups) * split
+            waves = math.ceil(blocks / mosaic.NUM_BLOCKS)
+            for block_in in (128, 256) if rows <= 64 else (128, 64):
+                if in_size % (block_in * split):
                     continue
-                blocks = math.ceil(out_size / block_out / groups) * split
-                waves = math.ceil(blocks / mosaic.NUM_BLOCKS)
-                for block_in in (128, 256) if rows <= 64 else (128, 64):
-                    if in_size % (block_in * split):
-                        continue
-                    config = mosaic.Config(
-                        block_out=block_out, num_groups=groups, block_in=block_in,
-                        split_in=split, num_beside=1, num_stages=2, swap=swap,
-                    ).with_most_stages(rows, weight_bytes)  # fmt: skip
-                    if config is not None and config.num_stages > 2:
-                        fill = blocks / (waves * mosaic.NUM_BLOCKS)
-                        rated.append((fill - 0.03 * split - 0.05 * (waves - 1), config))
-    best = [config for _, config in sorted(rated, key=lambda r: -r[0])]
-    return [*best[:1], *(dataclasses.replace(one, overlaps=True) for one in best[:1]), *best[1:]]
+                config = mosaic.Config(
+                    block_out=block_out, num_groups=groups, block_in=block_in,
+                    split_in=split, num_beside=1, num_stages=2, swap=swap,
+                ).with_most_stages(rows, weight_bytes)  # fmt: skip
+                if config is not None and config.num_stages > 2:
+                    fill = blocks / (waves * mosaic.NUM_BLOCKS)
+                    rated.append((fill - 0.03 * split - 0.05 * (waves - 1), config))
+    return [config for _, config in sorted(rated, key=lambda r: -r[0])]
 
 
 def triton_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int) -> list[Config]:
@@ -197,8 +196,9 @@ def compile_all(found: list[Case], args: argparse.Namespace, started: float) -> 
     kernels = [case for case in found if case.config is not None]
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
         done = list(zip(kernels, pool.map(compile_one, kernels), strict=True))
-    with locked(args.lock):
-        done += [(case, compile_one(case)) for case in found if case.config is None]
+    plain = [case for case in found if case.config is None]
+    with locked(args.lock if plain else None):
+        done += [(case, compile_one(case)) for case in plain]
     for case, program in done:
         if isinstance(program, str):
             print(f"not timed: {case}: {program}", flush=True)
@@ -217,9 +217,25 @@ def make_weights(shape: str, dtype: str, count: int) -> list[tuple[jax.Array]]:
     return [(make(jnp.int32(seed)),) for seed in range(count)]
 
 
-def time_all(programs: list[Any], args: argparse.Namespace, started: float) -> list[dict[str, Any]]:
-    """Times of all programs, checked against float64 at some output features."""
-    results = []
+def watch(beat: list[Any], seconds: float) -> None:
+    """End the process, and free its lock, when what `beat` names takes longer than that."""
+
+    def look() -> None:
+        while True:
+            time.sleep(0.5)
+            if beat[1] is not None and time.monotonic() - beat[0] > seconds:
+                print(f"hangs: {beat[1]}", flush=True)
+                os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def time_all(
+    programs: list[Any], args: argparse.Namespace, started: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Times of the programs of one weight after the other, checked against float64."""
+    beat: list[Any] = [0.0, None]
+    watch(beat, args.hang_s)
     for shape, dtype in dict.fromkeys((case.shape, case.dtype) for case, _ in programs):
         mine = [(c, p) for c, p in programs if (c.shape, c.dtype) == (shape, dtype)]
         with locked(args.lock):
@@ -227,25 +243,31 @@ def time_all(programs: list[Any], args: argparse.Namespace, started: float) -> l
                 print(f"not timed: {shape} {dtype}: no time", flush=True)
                 continue
             weights = make_weights(shape, dtype, max(case.num_calls for case, _ in mine))
-            out_size, in_size = SHAPES[shape]
-            scale = jnp.linspace(0.5, 1.5, out_size, dtype=jnp.float32)
-            some = slice(0, None, out_size // 64)
+            scale = jnp.linspace(0.5, 1.5, SHAPES[shape][0], dtype=jnp.float32)
+            some = slice(0, None, SHAPES[shape][0] // 64)  # output features that are checked
             few = np.asarray(weights[0][0][some].astype(jnp.float32), np.float64)
             few *= 1.0 if dtype == "bfloat16" else np.asarray(scale, np.float64)[some, None]
+            results = []
             for case, program in mine:
-                rng = np.random.default_rng(0)
-                x = rng.normal(size=(case.num_rows, in_size)).astype(jnp.bfloat16)
-                shared = (jnp.asarray(x), scale)
-                calls = weights[: case.num_calls]
-                y = np.asarray(program(calls, shared)[0])[:, some].astype(np.float64)
-                want = x.astype(np.float64) @ few.T
-                error = float(np.abs(y - want).max() / np.abs(want).max())
-                seconds = time_compiled(
-                    program, calls, num_calls=case.num_calls, shared=shared, repeats=3
-                )
-                results.append({"case": case, "us": seconds * 1e6, "error": error})
+                beat[:] = [time.monotonic(), case]
+                results.append(time_case(case, program, weights, scale, few, some))
+                us = results[-1]["us"]
+                print(f"  {shape} {dtype} {case.num_rows} {describe(case)} {us:.1f}", flush=True)
+                beat[1] = None
             del weights
-    return results
+        yield results
+
+
+def time_case(
+    case: Case, program: Any, weights: list[Any], scale: jax.Array, few: np.ndarray, some: slice
+) -> dict[str, Any]:
+    x = np.random.default_rng(0).normal(size=(case.num_rows, case.sizes[1])).astype(jnp.bfloat16)
+    calls, shared = weights[: case.num_calls], (jnp.asarray(x), scale)
+    y = np.asarray(program(calls, shared)[0])[:, some].astype(np.float64)
+    want = x.astype(np.float64) @ few.T
+    error = float(np.abs(y - want).max() / np.abs(want).max())
+    seconds = time_compiled(program, calls, num_calls=case.num_calls, shared=shared, repeats=3)
+    return {"case": case, "us": seconds * 1e6, "error": error}
 
 
 def table(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -282,8 +304,7 @@ def describe(case: Case) -> str:
     sizes = f"{config.block_out}x{config.block_in}/{config.split_in} st{config.num_stages}"
     if isinstance(config, triton.Config):
         return f"t{sizes} w{config.num_warps}"
-    marks = (" ns" if not config.swap else "") + (" ov" if config.overlaps else "")
-    return f"m{config.num_groups}*{sizes} b{config.num_beside}{marks}"
+    return f"m{config.num_groups}*{sizes} b{config.num_beside}{'' if config.swap else ' ns'}"
 
 
 def merged(
@@ -317,16 +338,17 @@ def main() -> None:
         "--compile-s", type=float, default=1e9, help="seconds until which to compile"
     )
     parser.add_argument("--stop-s", type=float, default=1e9, help="seconds for all")
+    parser.add_argument("--hang-s", type=float, default=60, help="seconds that a case may take")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     started = time.monotonic()
     found = cases(args)
     programs = compile_all(found, args, started)
     print(f"{len(programs)} of {len(found)} in {time.monotonic() - started:.1f} s", flush=True)
-    results = time_all(programs, args, started)
-    entries, measured = table(results), {result["case"].key for result in results}
-    with locked(args.lock):
-        args.out.write_text(json.dumps(merged(args.out, entries, measured), indent=1) + "\n")
+    for results in time_all(programs, args, started):
+        entries, measured = table(results), {result["case"].key for result in results}
+        with locked(args.lock):
+            args.out.write_text(json.dumps(merged(args.out, entries, measured), indent=1) + "\n")
     print(f"done in {time.monotonic() - started:.1f} s")
 
 

@@ -36,7 +36,8 @@ def linear(
 ) -> jax.Array:
     """Multiply rows by a weight in the checkpoint's layout, each output feature by its scale.
 
-    Semantics: y[t, n] = scale[n] * sum_d x[t, d] * weight[n, d], summed in f32, rounded once.
+    Semantics: y[t, n] = scale[n] * sum_d x[t, d] * weight[n, d], summed in f32, rounded once;
+               one-byte weights beyond 256 rows: rounded before the scale and after it.
     Args:      x: `[T, in]`. weight: `[out, in]` of x's dtype, or int8 or float8_e4m3fn.
                scale: f32 `[out]`, of one-byte weights. out_dtype: of y; None: x's.
                implementation: "triton" and "mosaic" read the table of what was measured on this
@@ -60,7 +61,11 @@ def linear(
     if implementation != "xla" and config is None:
         config = chosen_config(x, weight, implementation)
     if implementation == "xla" or config is None:
-        return linear_reference(x, weight, scale, out_dtype)
+        if implementation == "xla" or scale is None:
+            return linear_reference(x, weight, scale, out_dtype)
+        # For many rows an f32 product between the two would cost more than widening the weight.
+        y = linear_reference(x, weight.astype(x.dtype), None, out_dtype)
+        return (y.astype(jnp.float32) * scale[None, :]).astype(out_dtype)
     if isinstance(config, mosaic.Config):
         return mosaic.linear_mosaic(x, weight, scale, out_dtype, config=config, interpret=interpret)
     return triton.linear_triton(x, weight, scale, out_dtype, config=config, interpret=interpret)

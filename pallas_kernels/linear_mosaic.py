@@ -23,6 +23,7 @@ MIN_ROWS = 8  # of a tile of x: the narrow side of a wgmma
 WGMMA_ROWS = 64  # the wide side
 MAX_ROWS = 256  # of the narrow side
 SMEM_BYTES = 227 * 1024 - 1024  # of a block, less what barriers take
+MAX_GROUPS = 3
 NUM_BLOCKS = 132  # that run at once on an H100 or H200
 
 
@@ -37,7 +38,12 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
-    overlaps: bool = False  # blocks may start while the last ones of the kernel before still run
+
+    def __post_init__(self) -> None:
+        # The pipeline gives compute warpgroups more registers than four of them can have, and a
+        # block that waits for registers waits for ever.
+        if self.num_groups > MAX_GROUPS:
+            raise ValueError(f"num_groups: got {self.num_groups}, allowed: 1 to {MAX_GROUPS}")
 
     def block_rows(self, num_rows: int) -> int:
         """Rows of a tile of x: all of them."""
@@ -70,18 +76,23 @@ class Config:
         if num_rows > MAX_ROWS or out_size % MIN_ROWS:
             return None
         found: list[tuple[float, Config]] = []
-        for groups in (1, 2, 3, 4):
+        for block_out, groups in ((64, 1), (64, 2), (64, 3), (128, 2)):
             for split in (1, 2, 4):
-                if in_size % (128 * split):
+                if (
+                    out_size % block_out
+                    or in_size % (128 * split)
+                    or (block_out > WGMMA_ROWS and num_rows > WGMMA_ROWS)
+                ):
                     continue
                 config = cls(
-                    block_out=WGMMA_ROWS, num_groups=groups, block_in=128, split_in=split,
+                    block_out=block_out, num_groups=groups, block_in=128, split_in=split,
                     num_beside=1, num_stages=2, swap=True,
                 ).with_most_stages(num_rows, weight_bytes)  # fmt: skip
                 if config is not None:
-                    blocks = pl.cdiv(out_size, groups * WGMMA_ROWS) * split
+                    blocks = pl.cdiv(out_size, groups * block_out) * split
                     waves = pl.cdiv(blocks, NUM_BLOCKS)
-                    found.append((blocks / (waves * NUM_BLOCKS) - 0.02 * split, config))
+                    fill = blocks / (waves * NUM_BLOCKS)
+                    found.append((fill - 0.02 * split - 0.05 * waves, config))
         return max(found, key=lambda rated: rated[0])[1] if found else None
 
 
@@ -103,93 +114,129 @@ def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return weight.astype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Where one block works: its output features, and its share of the input features."""
+
+    config: Config
+    num_rows: int  # of a tile of x
+    first: jax.Array  # output feature
+    share: jax.Array
+    group: jax.Array  # this warpgroup; the last one copies
+
+    @property
+    def size(self) -> int:
+        return self.config.block_out * self.config.num_groups
+
+    @property
+    def features(self) -> Any:
+        """Of this warpgroup, in the output."""
+        return pl.ds(self.first + self.group * self.config.block_out, self.config.block_out)
+
+    @property
+    def rows(self) -> Any:
+        """All, from a traced start: what lies past the end reads as zeros and is not written."""
+        return pl.ds(self.share * 0, self.num_rows)
+
+    @property
+    def sums_shape(self) -> tuple[int, int]:
+        wide, narrow = self.config.block_out, self.num_rows
+        return (wide, narrow) if self.config.swap else (narrow, wide)
+
+
+def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
+    """One step of the loop, for the features of this warpgroup."""
+    config = block.config
+    weight = weight.at[pl.ds(block.group * config.block_out, config.block_out)]
+    if weight.dtype != x.dtype:
+        plgpu.wgmma(sums, widened(weight[...], x.dtype), x.T)
+    elif config.swap:
+        plgpu.wgmma(sums, weight, x.T)
+    else:
+        plgpu.wgmma(sums, x, weight.T)
+    plgpu.wgmma_wait(0)
+    return sums
+
+
+def _finish(block: _Block, sums: jax.Array, scale_refs: list[Ref], out: Ref, smem: Ref) -> None:
+    """Scale the sums and write them."""
+    swap = block.config.swap
+    if scale_refs:
+        features = block.features
+        # groups past the end, whose sums are not written, read the last scales
+        last = scale_refs[0].shape[0] - features.size
+        scale = plgpu.load(
+            scale_refs[0].at[pl.ds(jnp.minimum(features.start, last), features.size)],
+            layout=plgpu.Layout.WGMMA.reduce(1 if swap else 0), optimized=False,
+        )  # fmt: skip
+        sums = sums * jax.lax.broadcast_in_dim(scale, sums.shape, [0 if swap else 1])
+    rounded = sums.astype(out.dtype)
+    if swap:
+        smem.at[block.group].T[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
+    else:
+        smem.at[block.group][...] = rounded
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.at[block.group], out.at[block.rows, block.features])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _add_up(block: _Block, sums: jax.Array, parts: Ref, full: Ref, finish: Any) -> None:
+    """Bring the sums of all shares to the first one's block, which adds them in their order."""
+    group = block.group
+
+    @pl.when(block.share > 0)
+    def send() -> None:
+        plgpu.async_store_smem(
+            sums, parts.at[block.share - 1, group], full.at[group],
+            cluster_idx=jnp.int32(0), cluster_dim="share", optimized=False,
+        )  # fmt: skip
+
+    @pl.when(block.share == 0)
+    def add() -> None:
+        plgpu.barrier_wait(full.at[group])
+        total = sums
+        for part in range(block.config.split_in - 1):
+            total = total + plgpu.load(
+                parts.at[part, group], layout=plgpu.Layout.WGMMA, optimized=False
+            )
+        finish(total)
+
+
 def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
-    if config.overlaps:
-        plgpu.griddepcontrol_launch_dependents()
-        plgpu.griddepcontrol_wait()
     *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs
-    group = jax.lax.axis_index("group")
-    share = jax.lax.axis_index("share")
     tile = jax.lax.axis_index("tile") * config.num_beside + jax.lax.axis_index("beside")
-    block_size = config.block_out * config.num_groups
-    first = tile * block_size
-    mine = pl.ds(group * config.block_out, config.block_out)
+    block = _Block(
+        config=config, num_rows=block_rows, first=tile * (config.block_out * config.num_groups),
+        share=jax.lax.axis_index("share"), group=jax.lax.axis_index("group"),
+    )  # fmt: skip
     share_in = x_ref.shape[1] // config.split_in
-    is_converted = weight_ref.dtype != x_ref.dtype
-    delay = 0 if is_converted else 1  # products under way when a step's tiles are given back
-
-    def multiply(_: Any, weight: Ref, x: Ref, sums: Ref) -> Ref:
-        weight = weight.at[mine]
-        if is_converted:
-            plgpu.wgmma(sums, widened(weight[...], x_ref.dtype), x.T)
-        elif config.swap:
-            plgpu.wgmma(sums, weight, x.T)
-        else:
-            plgpu.wgmma(sums, x, weight.T)
-        plgpu.wgmma_wait(delay)
-        return sums
-
-    def finish(sums: jax.Array) -> None:
-        if scale_refs:
-            layout = plgpu.Layout.WGMMA.reduce(1 if config.swap else 0)
-            scale = plgpu.load(
-                scale_refs[0].at[pl.ds(first + group * config.block_out, config.block_out)],
-                layout=layout, optimized=False,
-            )  # fmt: skip
-            sums = sums * jax.lax.broadcast_in_dim(scale, sums.shape, [0 if config.swap else 1])
-        rounded = sums.astype(out_ref.dtype)
-        if config.swap:
-            out_smem.at[group].T[...] = plgpu.layout_cast(rounded, plgpu.Layout.WGMMA_TRANSPOSED)
-        else:
-            out_smem.at[group][...] = rounded
-        plgpu.commit_smem()
-        rows = pl.ds(share * 0, block_rows)  # a traced start: rows past the end are not written
-        columns = pl.ds(first + group * config.block_out, config.block_out)
-        plgpu.copy_smem_to_gmem(out_smem.at[group], out_ref.at[rows, columns])
-        plgpu.wait_smem_to_gmem(0)
 
     def compute(pipeline: Any) -> None:
-        wide, narrow = config.block_out, block_rows
-        shape = (wide, narrow) if config.swap else (narrow, wide)
-
         def accumulate(sums_ref: Ref) -> None:
             pipeline(sums_ref)
             sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
+            finish = functools.partial(
+                _finish, block, scale_refs=scale_refs, out=out_ref, smem=out_smem
+            )
             if config.split_in == 1:
                 finish(sums)
-                return
+            else:
+                _add_up(block, sums, parts_smem, parts_full, finish)
 
-            @pl.when(share > 0)
-            def send() -> None:
-                plgpu.async_store_smem(
-                    sums, parts_smem.at[share - 1, group], parts_full.at[group],
-                    cluster_idx=jnp.int32(0), cluster_dim="share", optimized=False,
-                )  # fmt: skip
-
-            @pl.when(share == 0)
-            def add_up() -> None:
-                plgpu.barrier_wait(parts_full.at[group])
-                total = sums
-                for part in range(config.split_in - 1):
-                    total = total + plgpu.load(
-                        parts_smem.at[part, group], layout=plgpu.Layout.WGMMA, optimized=False
-                    )
-                finish(total)
-
-        pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        pl.run_scoped(accumulate, plgpu.ACC(block.sums_shape, jnp.float32))
 
     pipeline = plgpu.emit_pipeline_warp_specialized(
-        multiply,
+        lambda _, weight, x, sums: _multiply(block, weight, x, sums),
         grid=(share_in // config.block_in,),
         memory_registers=40,
         in_specs=[
             plgpu.BlockSpec(
-                (block_size, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, weight_ref.dtype), delay_release=delay,
+                (block.size, config.block_in), lambda step: (0, step),
+                transforms=_transforms(config.block_in, weight_ref.dtype),
             ),
             plgpu.BlockSpec(
                 (block_rows, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, x_ref.dtype), delay_release=delay,
+                transforms=_transforms(config.block_in, x_ref.dtype),
                 collective_axes=("beside",) if config.num_beside > 1 else (),
             ),
         ],
@@ -198,9 +245,8 @@ def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows:
         max_concurrent_steps=config.num_stages,
         compute_context=compute,
     )  # fmt: skip
-    columns = pl.ds(share * share_in, share_in)
-    rows = pl.ds(share * 0, block_rows)  # rows past the end read as zeros
-    pipeline(weight_ref.at[pl.ds(first, block_size), columns], x_ref.at[rows, columns])
+    columns = pl.ds(block.share * share_in, share_in)
+    pipeline(weight_ref.at[pl.ds(block.first, block.size), columns], x_ref.at[block.rows, columns])
 
 
 def linear_mosaic(
@@ -214,15 +260,20 @@ def linear_mosaic(
 ) -> jax.Array:
     """`linear` in Mosaic GPU."""
     (num_rows, in_size), out_size = x.shape, weight.shape[0]
-    if in_size % (config.split_in * config.block_in) or num_rows > MAX_ROWS:
+    partial = scale is not None and out_size % config.block_out
+    if partial or in_size % (config.split_in * config.block_in) or num_rows > MAX_ROWS:
         raise NotImplementedError(f"x {x.shape} and weight {weight.shape} with {config}")
     out_dtype = jnp.dtype(out_dtype)
+    if num_rows > MIN_ROWS and num_rows % MIN_ROWS:  # a copy takes fewer rows than 8, or whole 8s
+        padded = jnp.pad(x, ((0, -num_rows % MIN_ROWS), (0, 0)))
+        return linear_mosaic(padded, weight, scale, out_dtype, config=config, interpret=interpret)[
+            :num_rows
+        ]
     if interpret:  # the interpreter's wgmma takes no operand from registers
         weight = weight.astype(x.dtype)
     block_rows = config.block_rows(num_rows)
     block_size = config.block_out * config.num_groups
-    wide, narrow = config.block_out, block_rows
-    part = (wide, narrow) if config.swap else (narrow, wide)
+    sums_shape = (config.block_out, block_rows) if config.swap else (block_rows, config.block_out)
     num_parts = max(1, config.split_in - 1)
     split = config.split_in > 1
     out: jax.Array = plgpu.kernel(
@@ -242,7 +293,7 @@ def linear_mosaic(
                 (config.num_groups, block_rows, config.block_out), out_dtype,
                 transforms=_transforms(config.block_out, out_dtype),
             ),
-            plgpu.SMEM((num_parts, config.num_groups, *part) if split else (8,), jnp.float32),
+            plgpu.SMEM((num_parts, config.num_groups, *sums_shape) if split else (8,), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
         ],
         kernel_name="linear",

@@ -277,6 +277,7 @@ def _workspace_bytes(
     """What the largest programs hold at once: activations, f32 logits and their filtered copies.
 
     Beside them lie the adapter pages of two steps: those being installed, and those on their way.
+    Of quantised weights one at a time is widened, for steps of many rows.
     """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     assert rows is not None and tokens is not None
@@ -285,7 +286,9 @@ def _workspace_bytes(
     counts = (rows + 1) * model.vocab_size
     page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
     staging = 2 * max(INSTALL_BYTES_PER_STEP, adapter_pages * page_bytes)
-    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + MARGIN_BYTES
+    widened = 2 * model.hidden_size * model.intermediate_size // layout.tp * ITEMSIZE[layout.dtype]
+    widened = widened if config.quantization else 0
+    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + widened + MARGIN_BYTES
 
 
 def adapter_loader(

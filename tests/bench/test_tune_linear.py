@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import tune_linear
+from bench import kernels_linear, tune_linear
 from bench.tune_linear import (
     SHAPES,
     TUNED,
@@ -30,7 +30,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
     settings: dict[str, Any] = {
         "part": "0/1", "shapes": list(SHAPES), "dtypes": TUNED, "rows": [1, 64, 128, 256],
         "most": 4, "triton": 3, "xla_rows": [64], "lock": None, "threads": 2, "compile_s": 1e9,
-        "stop_s": 1e9,
+        "stop_s": 1e9, "hang_s": 60,
     }  # fmt: skip
     return argparse.Namespace(**(settings | changes))
 
@@ -55,10 +55,11 @@ def test_times_are_taken_under_a_lock_and_checked(
     monkeypatch.setattr(tune_linear, "ROTATED_BYTES", 1e4)
     found = [Case("o", dtype, rows, None) for dtype in tune_linear.DTYPES for rows in (1, 5)]
     args, started = arguments(lock=tmp_path / "lock"), time.monotonic()
-    results = time_all(compile_all(found, args, started), args, started)
+    groups = time_all(compile_all(found, args, started), args, started)
+    results = [result for group in groups for result in group]
     assert [result["case"] for result in results] == found
     assert all(result["us"] > 0 and result["error"] < 0.01 for result in results)
-    assert time_all(compile_all(found, args, started), arguments(stop_s=0), started) == []
+    assert not list(time_all(compile_all(found, args, started), arguments(stop_s=0), started))
 
 
 def test_the_fastest_right_way_is_written_and_others_entries_stay(tmp_path: Path) -> None:
@@ -81,3 +82,14 @@ def test_the_fastest_right_way_is_written_and_others_entries_stay(tmp_path: Path
         "linear_triton": entries["linear_triton"],
     }
     assert describe(results[0]["case"]) != describe(results[1]["case"]) == "xla"
+
+
+def test_products_are_judged_by_their_worst_shape_and_by_the_way_of_the_engine() -> None:
+    def entry(shape: str, way: str, us: float) -> dict[str, Any]:
+        sizes = {"floor_us": 8.0, "limit_us": 12.0, "dtype": "bfloat16", "rows": 64}
+        return {"shape": shape, "way": way, "us": us, **sizes}
+
+    entries = [entry("o", "m1*32", 11.0), entry("o", "xla", 15.0), entry("down", "xla", 13.0)]
+    [judged] = kernels_linear.targets(entries)
+    assert "1 of 2 shapes in their limits, worst down" in str(judged)
+    assert judged["met"] is False

@@ -168,6 +168,7 @@ def make_mosaic(**changes: Any) -> mosaic.Config:
     [
         ("bfloat16", (8, 128, 128), {}),
         ("bfloat16", (3, 128, 256), {}),  # rows past the end of x
+        ("int8", (13, 128, 128), {}),
         ("bfloat16", (1, 192, 128), {"num_groups": 2}),  # features past the end of the weight
         ("bfloat16", (64, 96, 128), {"block_out": 32, "swap": False}),
         ("bfloat16", (5, 96, 192), {"block_out": 40, "swap": False}),
@@ -196,8 +197,10 @@ def test_widened_weights_are_exact(weight: str) -> None:
 
 @needs_mosaic
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("num_rows", [1, 64, 128])
-@pytest.mark.parametrize("sizes", [(4096, 12288), (11008, 4096), (4096, 22016)], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "sizes"),
+    [(1, (4096, 12288)), (64, (11008, 4096)), (100, (4096, 22016)), (128, (4096, 28672))],
+)
 def test_mosaic_kernel_lowers(weight: str, num_rows: int, sizes: tuple[int, int]) -> None:
     in_size, out_size = sizes
     weight_bytes = jnp.dtype(WEIGHTS[weight]).itemsize
@@ -213,6 +216,11 @@ def test_mosaic_kernel_lowers(weight: str, num_rows: int, sizes: tuple[int, int]
 
     arrays = array(out_size, in_size, dtype=WEIGHTS[weight]), array(out_size, dtype=jnp.float32)
     assert "mosaic_gpu" in lowered(run, bf16(num_rows, in_size), *arrays)
+
+
+def test_more_groups_than_registers_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_groups: got 4, allowed: 1 to 3"):
+        make_mosaic(num_groups=4)
 
 
 def test_the_mosaic_heuristic_says_what_it_cannot_serve() -> None:
