@@ -46,8 +46,14 @@ def test_two_minutes_of_load_give_right_answers_and_leave_nothing(
 
     demo.wait_idle()
     end = demo.metrics()
-    for name in ("num_pages_free", "num_adapters", "num_adapter_versions", "host_adapter_bytes"):
+    for name in ("num_adapters", "num_adapter_versions", "host_adapter_bytes"):
         assert end[f"sloraj:engine_{name}"] == start[f"sloraj:engine_{name}"], name
+    # Idle adapters may stay on the device; no sequence holds a page.
+    for found in (start, end):
+        num_pages = (
+            found["sloraj:engine_num_pages_free"] + found["sloraj:engine_num_pages_adapters"]
+        )
+        assert num_pages == found["sloraj:engine_num_pages"]
     assert end["sloraj:engine_num_adapters_draining"] == 0
     assert end["sloraj:engine_runner_compiles_after_ready"] == 0
 
