@@ -94,7 +94,11 @@ def forward_program(model: Model, mesh: Mesh, bucket: Bucket, variant: str) -> A
         check_vma=False,  # Pallas calls carry no varying-axes types
     )
     is_gpu = mesh.devices.flat[0].platform != "cpu"
-    return jax.jit(sharded, donate_argnums=2, compiler_options=GPU_OPTIONS if is_gpu else None)
+    # With weights that XLA widens (one byte, many rows) the mode holds all layers' widened weights
+    # at once, 13 GB of a Llama-7B, where one layer's would do.
+    is_small = bucket.is_decode or model.spec.quantization is None
+    options = GPU_OPTIONS if is_gpu and is_small else None
+    return jax.jit(sharded, donate_argnums=2, compiler_options=options)
 
 
 def _specs(rules: dict[str, ParamRule]) -> dict[str, PartitionSpec]:
