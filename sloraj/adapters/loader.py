@@ -44,14 +44,18 @@ class ShortTurns:
         with self._lock:
             if self._num_inside == 0:
                 self._outside_s = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._outside_s, TURN_S))
+                if self._outside_s > TURN_S:
+                    sys.setswitchinterval(TURN_S)
             self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._num_inside -= 1
-            if self._num_inside == 0:
-                sys.setswitchinterval(self._outside_s)
+            if self._num_inside == 0 and self._outside_s > TURN_S:
+                sys.setswitchinterval(self._outside_s + 5e-7)  # it cuts to whole microseconds
+
+
+_short_turns = ShortTurns()  # one for the process, as the setting is
 
 
 class AdapterLoader:
@@ -64,7 +68,6 @@ class AdapterLoader:
         executor: Executor | None = None,
     ) -> None:
         self._load = load
-        self._short_turns = ShortTurns()
         self._on_done = on_done
         self._executor = executor or ThreadPoolExecutor(
             NUM_THREADS, thread_name_prefix="adapter-loader"
@@ -75,7 +78,7 @@ class AdapterLoader:
         future.add_done_callback(lambda done: self._report(message, done))
 
     def _run(self, path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-        with self._short_turns:
+        with _short_turns:
             return self._load(path)
 
     def close(self) -> None:
