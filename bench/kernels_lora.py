@@ -26,6 +26,7 @@ from bench.kernel_timing import time_compiled_chain
 from bench.lora_inputs import Adapters, common_tables, cut_tiles, fill_pool, make_adapters
 from bench.record import command, commit, record
 from bench.summary import target
+from checkpoints.model_config import TARGET_MODULES
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.shapes import MODELS, ModelShape, row_slots
@@ -79,8 +80,8 @@ class Case:
         return int(min(self.num_layers, np.ceil(CACHE_BYTES / (2 * rank * size * num_used))))
 
     def base_flops(self) -> float:
-        """Operations of the group's own matrix products."""
-        sizes = [self.shape.module_sizes(module) for module in self.modules]
+        """Operations of all of a layer's own matrix products."""
+        sizes = [self.shape.module_sizes(module) for module in range(len(TARGET_MODULES))]
         return 2.0 * self.num_rows * sum(size_in * size_out for size_in, size_out in sizes)
 
 
