@@ -165,14 +165,7 @@ def targets(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=sorted(DECODE_SHARE))
-    parser.add_argument("--only", nargs="*", help="substrings of batch names")
-    parser.add_argument("--implementation", help="of both kernels; default: the engine's choice")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where there is no repository to ask")
-    parser.add_argument("--seconds", type=float, default=25, help="after these no batch is begun")
-    args = parser.parse_args()
+    args = _parse()
     started = time.perf_counter()
     batches = [
         batch
@@ -214,6 +207,17 @@ def main() -> None:
         },
         args.out,
     )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=sorted(DECODE_SHARE))
+    parser.add_argument("--only", nargs="*", help="substrings of batch names")
+    parser.add_argument("--implementation", help="of both kernels; default: the engine's choice")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where there is no repository to ask")
+    parser.add_argument("--seconds", type=float, default=25, help="after these no batch is begun")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

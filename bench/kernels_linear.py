@@ -63,19 +63,7 @@ def targets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    words = {"type": lambda text: text.split(",")}
-    parser.add_argument("--shapes", **words, default=["7b.qkv", "o", "7b.gate_up", "7b.down"])
-    parser.add_argument("--dtypes", **words, default=list(DTYPES))
-    parser.add_argument("--rows", type=ints, default=[64, 1])
-    parser.add_argument("--threads", type=int, default=16)
-    parser.add_argument(
-        "--compile-s", type=float, default=1e9, help="seconds until which to compile"
-    )
-    parser.add_argument("--stop-s", type=float, default=1e9, help="seconds for all")
-    parser.add_argument("--commit", help="where the tree is not a repository")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = _parse()
     args.lock, args.hang_s = None, 10.0
     started = time.monotonic()
     peaks = measure_peaks()
@@ -120,6 +108,22 @@ def main() -> None:
             f"{entry['us']:7.1f} us, floor {entry['floor_us']:6.1f} ({entry['share']:.0%}) "
             f"{'met' if entry['us'] <= entry['limit_us'] else '   '} {entry['way']}"
         )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    words = {"type": lambda text: text.split(",")}
+    parser.add_argument("--shapes", **words, default=["7b.qkv", "o", "7b.gate_up", "7b.down"])
+    parser.add_argument("--dtypes", **words, default=list(DTYPES))
+    parser.add_argument("--rows", type=ints, default=[64, 1])
+    parser.add_argument("--threads", type=int, default=16)
+    parser.add_argument(
+        "--compile-s", type=float, default=1e9, help="seconds until which to compile"
+    )
+    parser.add_argument("--stop-s", type=float, default=1e9, help="seconds for all")
+    parser.add_argument("--commit", help="where the tree is not a repository")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

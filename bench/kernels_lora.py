@@ -273,12 +273,7 @@ def _target(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("decode", "prefill"))
-    parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where the tree is not a repository")
-    args = parser.parse_args()
+    args = _parse()
     cases = [] if args.only == "prefill" else list(decode_cases())
     cases += [] if args.only == "decode" else list(prefill_cases())
     rows = []
@@ -298,6 +293,15 @@ def main() -> None:
         "cases": rows,
     }
     record(result, args.out)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("decode", "prefill"))
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="where the tree is not a repository")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
