@@ -31,7 +31,6 @@ from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.shapes import MODELS, ModelShape, row_slots
 from pallas_kernels.tiles import LoraTiles
-from pallas_kernels.tuning_table import device_kind
 from sloraj.runner.buckets import DECODE_BLOCK_ROWS, MIXED_BLOCK_ROWS
 
 RANKS: dict[str, tuple[int, ...]] = {
@@ -286,7 +285,7 @@ def main() -> None:
             flush=True,
         )
     result = {
-        "device": device_kind(),
+        "device": jax.devices()[0].device_kind,
         "commit": args.commit or commit(),
         "command": command(),
         "targets": targets(rows),
