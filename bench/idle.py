@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from bench.geometries import GEOMETRIES, write_geometry
+from bench.profile_step import stream_events
 from bench.random_adapters import random_adapter_loader
 from bench.record import command, commit, record
 from bench.step_log import Decode
@@ -40,24 +41,15 @@ NUM_INSTALLED = 16  # adapters that are installed again and again, in slots of t
 Spans = list[tuple[float, float]]
 
 
-def profiled(run: Callable[[], None], folder: str) -> dict[str, Spans]:
+def profiled(run: Callable[[], None]) -> dict[str, Spans]:
     """Spans in nanoseconds, sorted, of "kernels" and of "copies" to the device of 1 MB and more."""
-    with jax.profiler.trace(folder):
-        run()
-    file = max(Path(folder).rglob("*.xplane.pb"))
     found: dict[str, Spans] = {"kernels": [], "copies": []}
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if "/device:GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                span = (event.start_ns, event.start_ns + event.duration_ns)
-                if "Memcpy" not in line.name:
-                    found["kernels"].append(span)
-                elif "H2D" in line.name and event.duration_ns > 50e3:  # 1 MB takes 20 us
-                    found["copies"].append(span)
+    for stream, event in stream_events(run):
+        span = (event.start_ns, event.start_ns + event.duration_ns)
+        if "Memcpy" not in stream:
+            found["kernels"].append(span)
+        elif "H2D" in stream and event.duration_ns > 50e3:  # 1 MB takes 20 us
+            found["copies"].append(span)
     return {name: sorted(spans) for name, spans in found.items()}
 
 
@@ -113,8 +105,7 @@ def measure_rows(core: EngineCore, rows: int, num_prompt: int) -> dict[str, floa
     decode = Decode(core, num_prompt, rows, names)
     durations = decode.step_seconds(NUM_STEPS)
     raw_s = decode.raw_seconds(NUM_STEPS)
-    with tempfile.TemporaryDirectory() as folder:
-        spans = profiled(lambda: _steps(core, 8), folder)["kernels"]
+    spans = profiled(lambda: _steps(core, 8))["kernels"]
     decode.close()
     engine_s = float(np.mean(durations))
     busy_s = covered_s(spans) / 8
@@ -155,8 +146,7 @@ def measure_installs(core: EngineCore, rows: int, num_prompt: int) -> dict[str, 
         installs.at_once = at_once
         decode.step_seconds(2)
         before = installs.num_sent
-        with tempfile.TemporaryDirectory() as folder:
-            copies = profiled(lambda: _steps(core, 6), folder)["copies"]
+        copies = profiled(lambda: _steps(core, 6))["copies"]
         num_bytes = (installs.num_sent - before) * installs.packed[0].num_bytes
         if copies:
             result[f"{at_once}_in_flight_gb_s"] = num_bytes / covered_s(copies) / 1e9

@@ -23,7 +23,7 @@ from bench.attention_cases import Batch, attend, make_inputs
 from bench.floors import Peaks, limit_s, measure_peaks
 from bench.kernel_timing import compile_calls, time_compiled
 from bench.record import command, commit, record
-from bench.summary import target
+from bench.summary import target, worst_target
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from pallas_kernels.shapes import MODELS
 from sloraj.build import BLOCK_Q
@@ -136,19 +136,8 @@ def targets(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if case["model"] == model and case["batch"].startswith(kind) and case["limit_us"]
         ]
         if judged:
-            worst = max(judged, key=lambda case: case["us"] / case["limit_us"])
-            met = sum(case["met"] for case in judged)
-            found.append(
-                target(
-                    "3",
-                    f"{kind} attention, {model}: {met} of {len(judged)} batches in their limits, "
-                    f"worst {worst['batch']}",
-                    measured=worst["us"],
-                    limit=worst["limit_us"],
-                    unit="us",
-                    floor=worst["floor_us"],
-                )
-            )
+            what = f"{kind} attention, {model}"
+            found.append(worst_target("3", what, judged, "batch", plural="batches"))
     for case in cases:
         if case["batch"] in ("decode 64 x 512", "prefill 8192"):
             found.append(

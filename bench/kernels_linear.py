@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from bench.floors import limit_s, measure_peaks
 from bench.record import command, commit, record
-from bench.summary import target
+from bench.summary import worst_target
 from bench.tune_linear import DTYPES, SHAPES, Case, compile_all, describe, ints, time_all
 from pallas_kernels.linear import chosen_config
 
@@ -45,20 +45,8 @@ def targets(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [entry for entry in entries if (entry["dtype"], entry["rows"]) == (dtype, rows)]
         # of two ways the engine's is judged, which is XLA where there is no other
         ways = {entry["shape"]: entry for entry in sorted(mine, key=lambda e: e["way"] != "xla")}
-        judged = list(ways.values())
-        worst = max(judged, key=lambda entry: entry["us"] / entry["limit_us"])
-        met = sum(entry["us"] <= entry["limit_us"] for entry in judged)
-        found.append(
-            target(
-                "4",
-                f"products of {rows} rows, {dtype}: {met} of {len(judged)} shapes in their limits, "
-                f"worst {worst['shape']}",
-                measured=worst["us"],
-                limit=worst["limit_us"],
-                unit="us",
-                floor=worst["floor_us"],
-            )
-        )
+        what = f"products of {rows} rows, {dtype}"
+        found.append(worst_target("4", what, list(ways.values()), "shape", plural="shapes"))
     return found
 
 

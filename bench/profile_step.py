@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import collections
-import glob
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,11 +34,11 @@ def profile(run: Callable[[], Any], num_steps: int) -> dict[str, Any]:
     The profiler runs a program kernel by kernel, not as a graph: the durations are right, the
     gaps between them are not.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            run()
-        (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
-        durations, counts = _kernels(path)
+    durations: dict[str, float] = collections.defaultdict(float)
+    counts: dict[str, int] = collections.defaultdict(int)
+    for _, event in stream_events(run):
+        durations[event.name] += event.duration_ns
+        counts[event.name] += 1
     groups: dict[str, dict[str, float]] = collections.defaultdict(lambda: {"us": 0.0, "kernels": 0})
     for name, total_ns in durations.items():
         groups[group_of(name)]["us"] += total_ns / 1e3 / num_steps
@@ -56,18 +56,20 @@ def profile(run: Callable[[], Any], num_steps: int) -> dict[str, Any]:
     }
 
 
-def _kernels(path: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Nanoseconds and calls of each kernel on the first device, over all of its streams."""
-    durations: dict[str, float] = collections.defaultdict(float)
-    counts: dict[str, int] = collections.defaultdict(int)
-    data = jax.profiler.ProfileData.from_file(path)
-    for plane in data.planes:
-        if plane.name != "/device:GPU:0":
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
+def stream_events(run: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
+    """(stream, event) of all that the first device did during `run()`, from a profiler trace.
+
+    Events have a `name`, `start_ns` and `duration_ns`; a stream's name says what kind it is.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        for plane in planes:
+            if plane.name != "/device:GPU:0":
                 continue
-            for event in line.events:
-                durations[event.name] += event.duration_ns
-                counts[event.name] += 1
-    return durations, counts
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        yield line.name, event

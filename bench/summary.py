@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def target(
         "target": f"{wanted} {limit:.4g}",
         "met": met,
     }
+
+
+def worst_target(
+    number: str, what: str, judged: Sequence[dict[str, Any]], key: str, *, plural: str
+) -> dict[str, Any]:
+    """One entry for measurements of one kind: the one furthest from its limit, and how many hold.
+
+    judged: with "us", "limit_us", "floor_us", and the name of each under `key`.
+    """
+    worst = max(judged, key=lambda one: one["us"] / one["limit_us"])
+    num_met = sum(one["us"] <= one["limit_us"] for one in judged)
+    return target(
+        number,
+        f"{what}: {num_met} of {len(judged)} {plural} in their limits, worst {worst[key]}",
+        measured=worst["us"],
+        limit=worst["limit_us"],
+        unit="us",
+        floor=worst["floor_us"],
+    )
 
 
 def collect(directory: Path) -> list[dict[str, Any]]:

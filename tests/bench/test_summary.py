@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.summary import collect, table, target
+from bench.summary import collect, table, target, worst_target
 
 
 def test_a_target_is_met_on_its_own_side_of_the_limit() -> None:
@@ -11,6 +11,18 @@ def test_a_target_is_met_on_its_own_side_of_the_limit() -> None:
     assert not target("6", "step", measured=8.8, limit=8.7, unit="ms")["met"]
     assert target("12", "base", measured=81, limit=80, unit="req/s", is_minimum=True)["met"]
     assert not target("12", "base", measured=79, limit=80, unit="req/s", is_minimum=True)["met"]
+
+
+def test_of_several_the_one_furthest_from_its_limit_speaks() -> None:
+    judged = [
+        {"shape": "a", "us": 100.0, "limit_us": 90.0, "floor_us": 80.0},
+        {"shape": "b", "us": 30.0, "limit_us": 20.0, "floor_us": 10.0},
+        {"shape": "c", "us": 5.0, "limit_us": 5.0, "floor_us": 4.0},
+    ]
+    entry = worst_target("4", "products", judged, "shape", plural="shapes")
+    assert entry["name"] == "products: 1 of 3 shapes in their limits, worst b"
+    assert (entry["measured"], entry["floor"], entry["met"]) == (30.0, 10.0, False)
+    assert worst_target("4", "products", judged[2:], "shape", plural="shapes")["met"]
 
 
 def test_every_entry_names_its_command_device_and_commit(tmp_path: Path) -> None:
