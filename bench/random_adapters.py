@@ -12,13 +12,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from checkpoints.model_config import ModelConfig
 from sloraj.adapters.layout import Allocate, pack_adapter
 from sloraj.batch import PackedAdapter
 from sloraj.build import adapter_loader
-from sloraj.config import PoolLayout
+from sloraj.config import EngineConfig, PoolLayout, resolve
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -77,7 +78,8 @@ def random_or_read_loader(
 ) -> Callable[[str], tuple[PackedAdapter, dict[str, Any]]]:
     """As `random_adapter_loader`; other paths are adapter directories, read as the engine does."""
     draw = random_adapter_loader(config, layout, max_rank, allocate)
-    read = adapter_loader(config, layout, max_rank, allocate)
+    num_processes = resolve(EngineConfig(model=""), jax.default_backend()).loader_processes or 0
+    read = adapter_loader(config, layout, max_rank, allocate, num_processes)
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
         return (draw if path.startswith("random:") else read)(path)
