@@ -107,6 +107,11 @@ class Residency:
         """Pages that `acquire` would have to allocate."""
         return 0 if version.version_id in self._residents else version.num_pages
 
+    def unused_bytes(self, version: AdapterVersion) -> int:
+        """Bytes sent to the device, or to be sent, of which the next `acquire` is the first use."""
+        resident = self._residents.get(version.version_id)
+        return version.packed.num_bytes if resident is None or resident.is_prefetched else 0
+
     def fits(self, version: AdapterVersion | None, num_other_pages: int) -> bool:
         """Whether the version can be acquired, and `num_other_pages` allocated beside it, now."""
         obtainable = self._pool.num_free + self.num_idle_pages

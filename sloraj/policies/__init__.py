@@ -1,1 +1,1 @@
-"""Policies that the scheduler asks: whom to drop, what to send ahead. Host code without JAX."""
+"""Whose turn it is, whom to drop, what to send ahead. Host values only; never imports JAX."""
