@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints.demo import ADAPTERS_DIR, MODEL_DIR
+from checkpoints.demo.tasks import BASE_TASK, TASKS, prompt
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
+from sloraj.engine import Engine
 from sloraj.errors import ConfigError
+from sloraj.request import SamplingParams
 from tests.checkpoints.fixtures import tiny_config, write_hf_model
 from tests.e2e.driver import quiet
 
@@ -34,3 +38,40 @@ def test_a_context_that_was_asked_for_does_not(tmp_path: Path) -> None:
     write_hf_model(tmp_path, tiny_config(), seed=0)
     with pytest.raises(ConfigError, match="pool_bytes"):
         build_core(settings(tmp_path, pool_bytes=20 * PAGE_BYTES, max_model_len=256), quiet)
+
+
+@pytest.mark.parametrize(
+    ("adapter_pool_bytes", "reason"),
+    [
+        (0, "1 and up, and less than pool_bytes"),
+        (20 * PAGE_BYTES, "1 and up, and less than pool_bytes"),
+        (PAGE_BYTES, "holds one adapter of max_rank"),
+        (19 * PAGE_BYTES, "leaves 0 tokens of KV cache, allowed: one that leaves 16"),
+    ],
+)
+def test_a_split_that_leaves_one_side_without_room_is_refused(
+    tmp_path: Path, adapter_pool_bytes: int, reason: str
+) -> None:
+    write_hf_model(tmp_path, tiny_config(), seed=0)
+    with pytest.raises(ConfigError, match=f"adapter_pool_bytes: got .*{reason}"):
+        build_core(
+            settings(tmp_path, pool_bytes=20 * PAGE_BYTES, adapter_pool_bytes=adapter_pool_bytes),
+            quiet,
+        )
+
+
+def test_the_papers_baselines_compute_what_the_engine_computes(tmp_path: Path) -> None:
+    """Gathered, padded, and with adapters and KV apart, the demo still does its tasks."""
+    tasks = [BASE_TASK, *(TASKS[name] for name in ("shift-3", "reverse", "upper"))]
+    with Engine(
+        str(MODEL_DIR), kernels="bmm", pad_ranks=True, pool_bytes=64 << 20,
+        adapter_pool_bytes=8 << 20, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128,
+        adapters=tuple((task.id, str(Path(ADAPTERS_DIR) / task.id)) for task in tasks[1:]),
+        compilation_cache_dir="",
+    ) as engine:  # fmt: skip
+        answers = engine.generate(
+            prompt("hello world"),
+            SamplingParams(max_tokens=40, temperature=0),
+            adapter=[None, *(task.id for task in tasks[1:])],
+        )
+    assert [a.text for a in answers] == [task.answer("hello world") for task in tasks]
