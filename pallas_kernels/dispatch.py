@@ -20,7 +20,6 @@ log = logging.getLogger("pallas_kernels")
 _ALLOWED = {"cpu": ("xla", "bmm"), "gpu": IMPLEMENTATIONS, "cuda": IMPLEMENTATIONS}
 _HAS_MOSAIC = jax.__version_info__ >= (0, 11)  # what the kernels are written for
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of a device kind: wgmma is theirs alone
-BMM_OPS = frozenset({"lora_shrink", "lora_expand"})  # that S-LoRA's baseline has its own way of
 # Ops that have a Mosaic GPU kernel, and those of them where it is the fastest known on Hopper.
 MOSAIC_OPS = frozenset({"lora_shrink", "lora_expand", "ragged_attention", "linear"})
 MOSAIC_BEST = frozenset({"ragged_attention", "linear"})
@@ -85,7 +84,7 @@ def resolve_kernels(
         )
     if requested == "bmm":
         others = resolve_kernels(None, platform=platform, device_kind=device_kind, shape=shape)
-        return dataclasses.replace(others, **dict.fromkeys(BMM_OPS, "bmm"))
+        return dataclasses.replace(others, lora_shrink="bmm", lora_expand="bmm")
     if requested == "xla" or platform == "cpu":
         return KernelChoice.uniform("xla")
     if requested == "triton":
