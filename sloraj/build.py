@@ -28,13 +28,14 @@ from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
 from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
 from sloraj.adapters.loader import LoadFunction
-from sloraj.adapters.sources import DEFAULT_MAX_RANK, find_adapters, largest_rank
+from sloraj.adapters.sources import DEFAULT_MAX_RANK, MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
 from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.merge import check_mergeable, merge_adapter
 from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
@@ -74,7 +75,12 @@ def build_core(
     mesh = make_mesh(config.tensor_parallel_size)
     config = resolve(config, jax.default_backend())
     adapters = find_adapters(config)
+    if config.merged_adapter is not None:
+        check_mergeable(mesh.size, config.quantization)
     ends, layers = _load(config, model_config, mesh, on_progress)
+    if config.merged_adapter is not None:
+        weights = read_adapter(config.merged_adapter, model_config, max_rank=MAX_RANK)
+        layers = merge_adapter(layers, weights, model_config)
     loaded_s = time.monotonic() - started
     runner, scheduler_config, layout, info = build_runner(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
