@@ -90,7 +90,12 @@ class EngineCore:
         self._next_tag = itertools.count(1).__next__  # for sequences and versions alike
         self._pool = PagePool(config.num_pages)
         self._host_store = HostStore(config.host_adapter_bytes, self._next_tag)
-        self._residency = Residency(self._pool, config.max_adapter_slots, clock)
+        self._residency = Residency(
+            self._pool,
+            config.max_adapter_slots,
+            clock,
+            num_reserved_pages=config.num_adapter_pages,
+        )
         self._registry = AdapterRegistry(
             self._host_store,
             self._residency,

@@ -17,7 +17,7 @@ from pallas_kernels.shapes import POPULARITIES, row_slots
 from tests.pallas_kernels.lora_case import LoraCase, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
-IMPLEMENTATIONS = ["xla", "triton"]
+IMPLEMENTATIONS = ["xla", "triton", "bmm"]
 MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
 OUT = {module: 72 for module in range(7)}
 
