@@ -11,8 +11,9 @@ import dataclasses
 import json
 from typing import Any
 
-from bench.random_adapters import MODULES
-from bench.settings import LENGTHS
+from bench.settings import LENGTHS, MODULES
+
+NOT_IN_KEY = ("figure", "engine", "base_requests")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class Point:
     pool_gb: float | None = None  # of device memory for weights, workspace and pool; None: all
     pool_pages: int | None = None  # the pool outright, in place of that
     num_requests: int | None = None
+    base_requests: int = 768  # of the base's own saturated run, which goes before
     load: float | None = None  # offered rate in parts of the base's saturated one, same pool
     rate: float | None = None  # requests per second
     duration_s: float = 60.0
@@ -97,6 +99,6 @@ class Point:
         words = [self.engine.name, self.figure]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("figure", "engine") and value != getattr(default, field.name):
+            if field.name not in NOT_IN_KEY and value != getattr(default, field.name):
                 words.append(f"{field.name}={value}")
         return " ".join(words)
