@@ -56,6 +56,20 @@ def profile(run: Callable[[], Any], num_steps: int) -> dict[str, Any]:
     }
 
 
+def module_seconds(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of kernels in each program (`jit_` and the function's name) during `run()`.
+
+    A kernel's own time, as `profile` counts it: whatever outputs a program has, and however long
+    the host takes to start it.
+    """
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for _, event in stream_events(run):
+        module = next((value for name, value in event.stats if name == "hlo_module"), None)
+        if module is not None:
+            seconds[str(module)] += event.duration_ns / 1e9
+    return dict(seconds)
+
+
 def stream_events(run: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
     """(stream, event) of all that the first device did during `run()`, from a profiler trace.
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from bench.settings import MODULES
@@ -20,7 +21,7 @@ from checkpoints.model_config import ModelConfig
 from sloraj.adapters.layout import Allocate, pack_adapter
 from sloraj.batch import PackedAdapter
 from sloraj.build import adapter_loader
-from sloraj.config import PoolLayout
+from sloraj.config import EngineConfig, PoolLayout, resolve
 
 WORDS = 32  # of 64 bits, whose signs are drawn; they repeat along a page, not from page to page
 SIGNS = {2: 0x8000800080008000, 4: 0x8000000080000000}  # bits of a word, by bytes an element
@@ -101,7 +102,8 @@ def random_or_read_loader(
 ) -> Callable[[str], Loaded]:
     """As `random_adapter_loader`; other paths are adapter directories, read as the engine does."""
     draw = random_adapter_loader(config, layout, max_rank, allocate)
-    read = adapter_loader(config, layout, max_rank, allocate)
+    num_processes = resolve(EngineConfig(model=""), jax.default_backend()).loader_processes or 0
+    read = adapter_loader(config, layout, max_rank, allocate, num_processes)
 
     def load(path: str) -> Loaded:
         return (draw if path.startswith("random:") else read)(path)

@@ -27,7 +27,9 @@ from checkpoints.peft_adapter import read_adapter
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
 from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
-from sloraj.adapters.loader import LoadFunction
+from sloraj.adapters.load_processes import LoaderProcesses
+from sloraj.adapters.load_worker import LoadSpec
+from sloraj.adapters.loader import NUM_THREADS, LoadFunction, loader_threads, short_turns
 from sloraj.adapters.sources import DEFAULT_MAX_RANK, MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
@@ -86,10 +88,16 @@ def build_core(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, ends, layers, on_progress,
     )  # fmt: skip
-    load = (make_loader or adapter_loader)(
-        model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate
+    of_model = (model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate)
+    num_processes = config.loader_processes or 0
+    load = make_loader(*of_model) if make_loader else adapter_loader(*of_model, num_processes)
+    core = EngineCore(
+        scheduler_config,
+        runner,
+        load,
+        loader_executor=loader_threads(num_processes or NUM_THREADS),
+        close_load=load.close if isinstance(load, LoaderProcesses) else None,
     )
-    core = EngineCore(scheduler_config, runner, load)
     core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
         "model_id": config.served_model_name or Path(config.model).resolve().name,
@@ -323,13 +331,23 @@ def _workspace_bytes(
 
 
 def adapter_loader(
-    model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
+    model: ModelConfig,
+    layout: PoolLayout,
+    max_rank: int,
+    allocate: Allocate = np.empty,
+    num_processes: int = 0,
 ) -> LoadFunction:
-    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes."""
+    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes: in
+    `num_processes` processes, or in the caller's thread.
+    """
+    if num_processes:
+        spec = LoadSpec(model=model, layout=layout, max_rank=max_rank)
+        return LoaderProcesses(spec, allocate, num_processes)
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-        weights = read_adapter(path, model, max_rank=max_rank)
-        packed = pack_adapter(weights, layout, model, allocate)
+        with short_turns:
+            weights = read_adapter(path, model, max_rank=max_rank)
+            packed = pack_adapter(weights, layout, model, allocate)
         return packed, {"rank": weights.max_rank, "path": path}
 
     return load

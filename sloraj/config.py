@@ -35,6 +35,7 @@ class EngineConfig:
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
     host_adapter_bytes: int | None = None  # None: no limit
+    loader_processes: int | None = None  # that read adapters; None: 4 on a GPU, 0 (threads) on CPU
     kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
     adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
     merged_adapter: str | None = (
@@ -61,6 +62,11 @@ class EngineConfig:
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
             raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
+        if self.loader_processes is not None and not 0 <= self.loader_processes <= 64:
+            raise ConfigError(
+                f"loader_processes: got {self.loader_processes}, allowed: 0 to 64",
+                param="loader_processes",
+            )
         if self.adapter_pool_bytes is not None and not (
             1 <= self.adapter_pool_bytes < (self.pool_bytes or self.adapter_pool_bytes + 1)
         ):
@@ -95,6 +101,9 @@ def resolve(config: EngineConfig, platform: str) -> EngineConfig:
         dtype=config.dtype or ("float32" if is_cpu else "bfloat16"),
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
+        loader_processes=(0 if is_cpu else 4)
+        if config.loader_processes is None
+        else config.loader_processes,
     )
 
 

@@ -70,7 +70,9 @@ class _Request:
 
 
 class EngineCore:
-    """Drives a runner. `load_adapter(path)` reads and packs an adapter, in worker threads."""
+    """Drives a runner. `load_adapter(path)` reads and packs an adapter, in worker threads;
+    `close_load()` ends what it needs for that.
+    """
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class EngineCore:
         *,
         clock: Callable[[], float] = time.monotonic,
         loader_executor: Executor | None = None,
+        close_load: Callable[[], None] | None = None,
     ) -> None:
         self._config = config
         self._runner = runner
@@ -105,7 +108,7 @@ class EngineCore:
         self._adapter_calls = AdapterCalls(
             self._registry,
             self._residency,
-            AdapterLoader(load_adapter, self._inbox.put, loader_executor),
+            AdapterLoader(load_adapter, self._inbox.put, loader_executor, close_load),
             lambda reply: self._outbox.append(reply),
         )
         self._requests: dict[str, _Request] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from checkpoints.demo.tasks import BASE_TASK, TASKS, prompt
 from checkpoints.hf_weights import open_weights
 from checkpoints.model_config import TARGET_MODULES
 from checkpoints.peft_adapter import read_adapter
+from sloraj.adapters.load_processes import LoaderProcesses
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
 from sloraj.engine import Engine
 from sloraj.errors import ConfigError
+from sloraj.messages import Shutdown
 from sloraj.model.merge import merge_adapter
 from sloraj.model.weights import load_parameters
 from sloraj.parallel.mesh import make_mesh
@@ -47,6 +50,25 @@ def test_a_context_that_was_asked_for_does_not(tmp_path: Path) -> None:
     write_hf_model(tmp_path, tiny_config(), seed=0)
     with pytest.raises(ConfigError, match="pool_bytes"):
         build_core(settings(tmp_path, pool_bytes=20 * PAGE_BYTES, max_model_len=256), quiet)
+
+
+def test_loader_processes_load_the_adapters_and_end_with_the_engine(tmp_path: Path) -> None:
+    write_hf_model(tmp_path / "base", tiny_config(), seed=0)
+    for name in ("a", "b", "c"):
+        write_adapter(tmp_path / "adapters" / name, tiny_config(), seed=ord(name), ranks=4)
+    core, _ = build_core(
+        settings(tmp_path / "base", adapters_dir=str(tmp_path / "adapters"), loader_processes=2),
+        quiet,
+    )
+    load = core._adapter_calls._loader._load
+    assert isinstance(load, LoaderProcesses)
+    pids = load.pids
+    assert core.stats()["num_adapters"] == 3 and len(pids) == 2
+    core.submit(Shutdown())
+    core.step()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(
