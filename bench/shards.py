@@ -40,8 +40,9 @@ def retention(
     """Saturated throughput by the number of adapters, beside the base's."""
     base: dict[str, Any] = {
         "figure": "num-adapters", "engine": engine, "setting": setting, "num_requests": AT_ONCE,
-    }  # fmt: skip
-    return _many(base | more, *({"num_adapters": count} for count in counts))
+    } | more  # fmt: skip
+    base["base_requests"] = base["num_requests"]  # so that both drain alike
+    return _many(base, *({"num_adapters": count} for count in counts))
 
 
 def ablation(gb: int, setting: str, count: int, systems: tuple[str, ...]) -> list[Point]:
@@ -113,7 +114,7 @@ SHARDS: dict[str, list[Point]] = {
     "merged": [
         Point(
             figure="merged", engine=dataclasses.replace(B7, merged_rank=64), system="merged",
-            num_requests=512,
+            num_requests=512, base_requests=512,
         ),
         *retention(B7, "S2", (1,), figure="merged", num_requests=512),
     ],

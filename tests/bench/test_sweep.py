@@ -15,6 +15,7 @@ from bench.measures import measures, point_trace, steady
 from bench.point_run import run_point
 from bench.points import Point
 from bench.records import RecordError, read_records
+from bench.report import make_report
 from bench.shards import QUICK, SHARDS, TINY
 from bench.slo import summarise
 from bench.sweep import ShardRun, base_name, base_of, with_bases
@@ -47,6 +48,13 @@ def test_every_point_is_measured_against_a_base_on_its_own_pool() -> None:
             bases = [p for p in whole if p.num_adapters == 0 and base_name(p) == base_name(point)]
             assert bases[0].is_saturated and bases[0].pool == point.pool
             assert whole.index(bases[0]) < whole.index(point)
+
+
+def test_saturated_points_drain_as_their_base_does() -> None:
+    for points in SHARDS.values():
+        for point in points:
+            if point.is_saturated and point.system != "bmm":
+                assert point.num_requests == point.base_requests == base_of(point).num_requests
 
 
 def test_a_point_offers_its_load_in_one_way() -> None:
@@ -180,6 +188,11 @@ def test_the_quick_sweep_runs_whole_and_is_not_run_again(
     assert sweep.main() == 0
     assert "ready in" not in capsys.readouterr().out  # no engine was started
     assert read_records(path) == (head, records)
+    make_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    for record in records[1:]:
+        assert f"{record['summary']['requests_per_s']:.2f}" in page
+    assert {plot.stem for plot in (tmp_path / "plots").iterdir()} >= {"num-adapters", "ablation"}
 
 
 def test_a_file_of_another_engine_is_refused(tmp_path: Path, engine: SweepEngine) -> None:
