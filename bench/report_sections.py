@@ -48,8 +48,21 @@ def percent(value: float | None) -> str:
 def table_3(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
     lines = []
     for setting, systems in paper.TABLE_3.items():
-        ours = {row.num_adapters: row for row in pick(rows, "table-3", setting=setting)}
-        for count in sorted({*ours, *(n for values in systems.values() for n in values)}):
+        by_system = {
+            system: {
+                r.num_adapters: r for r in pick(rows, "table-3", setting=setting, system=system)
+            }
+            for system in ("sloraj", "packed", "PEFT")
+        }
+        refused = {
+            r.num_adapters: r
+            for r in rows
+            if r.figure == "table-3" and r.setting == setting and not r.is_measured
+        }
+        ours = by_system["sloraj"]
+        for count in sorted(
+            {n for counts in (*by_system.values(), *systems.values()) for n in counts}
+        ):
             row = ours.get(count)
             lines.append(
                 [
@@ -59,6 +72,9 @@ def table_3(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
                     NOTHING if row is None else percent(row.retention),
                     NOTHING if row is None else percent(row.ceiling),
                     NOTHING if row is None else number(row.first_token_s.get("mean")),
+                    _per_s(by_system["packed"].get(count))
+                    or ("out of memory" if count in refused else NOTHING),
+                    _per_s(by_system["PEFT"].get(count)),
                 ]
             )  # fmt: skip
     return Section(
@@ -67,20 +83,25 @@ def table_3(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
         text=(
             "The paper: one A100 of 80 GB, 10 requests/s offered for 120 s. Here: the same lengths "
             "and adapters on a pool as that GPU had, all requests at once, which is saturation "
-            "(10 requests/s would not be); time to drain is counted."
+            "(10 requests/s would not be); time to drain is counted. Packed: one merged model an "
+            "adapter, on one device in turns. PEFT: batches of one adapter."
         ),
         tables=[
             Table(
                 header=(
                     "setting", "adapters", "paper: S-LoRA, requests/s", "paper: vLLM-packed",
                     "paper: PEFT", "here, requests/s", "of base", "ceiling",
-                    "mean first token, s",
+                    "mean first token, s", "here: packed", "here: PEFT",
                 ),
                 rows=lines,
             )
         ],
         missing=missing(records, "table-3"),
     )  # fmt: skip
+
+
+def _per_s(row: Row | None) -> str:
+    return NOTHING if row is None else number(row.requests_per_s)
 
 
 def _or_oom(values: dict[int, float | None], count: int) -> str:
