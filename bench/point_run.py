@@ -14,7 +14,6 @@ from bench.points import Point
 from bench.replay import Replay
 from bench.sweep_engine import SweepEngine
 from bench.trace import Request, digest, rate
-from sloraj.messages import Generate
 
 
 def run_point(
@@ -30,7 +29,7 @@ def run_point(
     registered_s = time.perf_counter() - started
     result = Replay(
         core, trace, MonotonicClock(), vocab_size=engine.model.vocab_size, seed=point.seed,
-        model=engine.model, fields=lambda request: generate_fields(point, request),
+        model=engine.model, fields=lambda index, request: generate_fields(point, index, request),
         give_up_s=point.give_up_s, on_step=lambda ended: on_ended(ended, len(trace)),
     ).run()  # fmt: skip
     core.check_integrity()
@@ -55,10 +54,12 @@ def run_point(
     }
 
 
-def generate_fields(point: Point, request: Request) -> dict[str, Any]:
-    """What `Generate` can carry of a request beyond its tokens and adapter."""
-    names = Generate.__struct_fields__
-    found: dict[str, Any] = {}
-    if "tenant" in names:
-        found["tenant"] = request.tenant
-    return found
+def generate_fields(point: Point, index: int, request: Request) -> dict[str, Any]:
+    """What `Generate` says of a request beyond its tokens and adapter: whose it is, and how urgent.
+
+    The lower a priority, the earlier its turn: newest first is one lower for each request.
+    """
+    found: dict[str, Any] = {"tenant": request.tenant}
+    if point.newest_first:
+        found["priority"] = -index
+    return {name: value for name, value in found.items() if name in Generate.__struct_fields__}

@@ -81,15 +81,15 @@ class Replay:
         model: ModelConfig | None = None,
         adapter_name: Callable[[int], str] = default_adapter_name,
         prompt: Callable[[int, Request], list[int]] | None = None,
-        fields: Callable[[Request], dict[str, Any]] = lambda request: {},
+        fields: Callable[[int, Request], dict[str, Any]] = lambda index, request: {},
         give_up_s: float | None = None,
         keeps_moments: bool = False,
         on_step: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
         """model: to count the weights in the batches by. prompt: token ids of request i; random
-        ones of `seed` if None. fields: more of `Generate`, such as its tenant. give_up_s: then
-        all that is open is aborted, and the rest not sent. on_step: for progress; gets the number
-        of requests that have ended.
+        ones of `seed` if None. fields: more of request i's `Generate`, such as its tenant.
+        give_up_s: then all that is open is aborted, and the rest not sent. on_step: for progress;
+        gets the number of requests that have ended.
         """
         self._core, self._trace, self._clock = core, trace, clock
         self._model, self._give_up_s, self._on_step = model, give_up_s, on_step
@@ -105,7 +105,7 @@ class Replay:
                 prompt_token_ids=draw(i, request),
                 params=GREEDY | {"max_tokens": request.num_output_tokens},
                 adapter_id=None if request.adapter is None else adapter_name(request.adapter),
-                **fields(request),
+                **fields(i, request),
             )
             for i, request in enumerate(trace)
         ]

@@ -35,7 +35,8 @@ from bench.sweep import read_all, write_tidy
 
 SECTIONS = (
     num_adapters, table_3, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
-    report_slo.abort, report_slo.clusters, report_slo.fairness, merged, tensor_parallel,
+    report_slo.abort, report_slo.policies, report_slo.clusters, report_slo.fairness,
+    merged, tensor_parallel,
 )  # fmt: skip
 
 MARKDOWN = """\

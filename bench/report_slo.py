@@ -121,6 +121,41 @@ def abort(rows: Sequence[Row], records: Records) -> Section:
     )  # fmt: skip
 
 
+def policies(rows: Sequence[Row], records: Records) -> Section:
+    found = pick(rows, "policies")
+    bars = {
+        "mean": {row.system: row.first_token_s["mean"] for row in found if row.first_token_s},
+        "p99": {row.system: row.first_token_s["p99"] for row in found if row.first_token_s},
+    }
+    return Section(
+        figure="policies",
+        title="Prefetch and retention: one taken away or replaced at a time",
+        text=(
+            "S2, 200 adapters, alpha 0.6, a pool as on 24 GB, 0.5 of the base's saturated rate: "
+            "adapters come and go, and the queue is short enough for a load to be seen. The "
+            "paper's retention keeps nothing that neither runs nor is prefetched."
+        ),
+        panels=[
+            Panel(title="First token", x_label="", y_label="seconds", bars=bars if found else {})
+        ],
+        tables=[
+            Table(
+                header=("policies", "requests/s", "first token, s: mean", "p99", "within 1 s",
+                        "installs", "evictions", "preemptions"),
+                rows=[
+                    [row.system, number(row.requests_per_s),
+                     number(row.first_token_s.get("mean"), 3),
+                     number(row.first_token_s.get("p99"), 3), number(row.slo("1s"), 3),
+                     *(str(row.record["counters"].get(name, "")) for name in
+                       ("adapter_installs", "adapter_evictions", "preemptions"))]
+                    for row in found
+                ],
+            )
+        ],
+        missing=missing(records, "policies"),
+    )  # fmt: skip
+
+
 def clusters(rows: Sequence[Row], records: Records) -> Section:
     found = pick(rows, "clusters")
     panels = []

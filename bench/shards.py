@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from bench.points import EngineSpec, Point
-from bench.settings import ALPHAS, CVS
+from bench.settings import ALPHAS, CVS, SLO_S
 
 B7 = EngineSpec(geometry="llama-7b")
 B8 = EngineSpec(geometry="llama-3.1-8b", max_rank=8, max_adapter_slots=10_000)
@@ -18,8 +18,8 @@ B13 = EngineSpec(geometry="llama-13b")
 QV = ("q_proj", "v_proj")
 AT_ONCE = 768  # requests of a saturated point on a full pool: three times the rows
 CAPPED = {24: 256, 40: 512, 80: 768}  # and on a pool of so many GB, which holds fewer
-SLO_LOADS = (0.9, 1.1, 1.3, 1.5)
 FAIR = (("queue_order", "vtc"),)
+NEWEST = (("queue_order", "priority"), ("priority_ageing_s", 1e9))
 
 # What is turned off or replaced, one at a time; each line of an ablation is one of them.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -65,12 +65,14 @@ def bmm(gb: int, setting: str, counts: tuple[int, ...]) -> list[Point]:
 
 
 def loads(figure: str, policies: dict[str, dict[str, Any]], **more: Any) -> list[Point]:
-    """Every load under every policy, on S2 with 200 adapters and 24 GB unless `more` says else."""
+    """Every one of `points` under every policy, on S2 with 200 adapters and 24 GB unless `more`
+    says else.
+    """
     base: dict[str, Any] = {
         "figure": figure, "engine": B7, "setting": "S2", "num_adapters": 200, "pool_gb": 24.0,
         "duration_s": 40.0, "base_requests": CAPPED[24],
     }  # fmt: skip
-    points = more.pop("points", [{"load": load} for load in SLO_LOADS])
+    points = more.pop("points")
     return [
         Point(**(base | more | point | change | {"system": name}))
         for point in points
@@ -81,6 +83,24 @@ def loads(figure: str, policies: dict[str, dict[str, Any]], **more: Any) -> list
 OURS: dict[str, dict[str, Any]] = {"sloraj": {}}
 CLUSTERS = {f"d = {d}": {"policies": (("cluster_adapters", d),)} for d in (1, 2, 4, 8, 32)}
 FAIRNESS: dict[str, dict[str, Any]] = {"first come": {}, "vtc": {"policies": FAIR}}
+
+ABORTS: dict[str, dict[str, Any]] = {  # who is served when not all can be
+    "sloraj": {"policies": (*FAIR, ("early_abort", "model"), ("first_token_slo_s", SLO_S))},
+    "first come": {},
+    "newest first": {"policies": NEWEST, "newest_first": True},
+    "the paper's": {"policies": (("early_abort", "paper"), ("first_token_slo_s", SLO_S))},
+}
+POLICIES: dict[str, dict[str, Any]] = {  # one taken away or replaced at a time
+    "sloraj": {},
+    "no prefetch": {"policies": (("prefetch", False),)},
+    "retention: lru": {"policies": (("retention", "lru"),)},
+    "retention: the paper's": {"policies": (("retention", "paper"),)},
+    "all four on": {
+        "policies": (
+            *FAIR, ("cluster_adapters", 32), ("early_abort", "model"), ("first_token_slo_s", SLO_S),
+        ),
+    },
+}  # fmt: skip
 
 SHARDS: dict[str, list[Point]] = {
     "retention-7b": [
@@ -93,6 +113,11 @@ SHARDS: dict[str, list[Point]] = {
         *ablation(24, "S2", 200, ("padded ranks",)),
         *ablation(40, "S2", 200, ("padded ranks",)),
     ],
+    "abort": loads("abort", ABORTS, points=[{"load": load} for load in (0.9, 1.3)]),
+    "policies": loads("policies", POLICIES, points=[{"load": 0.5, "alpha": 0.6}]),
+    "fairness": loads(
+        "fairness", FAIRNESS, num_adapters=20, points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}]
+    ),
     "retention-8b": retention(B8, "S1", (200, 10_000), modules=QV),
     "retention-7b-few": [
         *retention(B7, "S1", (1, 5, 20, 100)),
@@ -127,9 +152,7 @@ SHARDS: dict[str, list[Point]] = {
         "clusters", CLUSTERS, num_adapters=32, pool_gb=40.0, duration_s=30.0,
         points=[{"load": 0.9, "alpha": alpha} for alpha in (0.1, 1.0)],
     ),
-    "fairness": loads(
-        "fairness", FAIRNESS, num_adapters=20, points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}]
-    ),
+    "abort-more": loads("abort", ABORTS, points=[{"load": load} for load in (1.1, 1.5)]),
 }  # fmt: skip
 """In order of value: the first ones say most."""
 
