@@ -14,6 +14,7 @@ from bench.points import Point
 from bench.replay import Replay
 from bench.sweep_engine import SweepEngine
 from bench.trace import Request, digest, rate
+from sloraj.messages import Generate
 
 
 def run_point(
