@@ -5,14 +5,17 @@
 Decoding, prefill with and without a cached prefix, and mixed steps, for Llama-7B (MHA) and
 Llama-3.1-8B (GQA-4) in bfloat16. One call is one layer. A model's batches read one pool, and rows
 have room for 4,096 tokens or for 32,768, so that batches of as many rows share a program; programs
-are compiled a few at a time, and none while another is timed.
+are compiled a few at a time, and none while another is timed. Times are of kernels, from a profiler
+trace (what a step adds between kernels is in `bench.step`).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import itertools
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +26,8 @@ import numpy as np
 
 from bench.attention_cases import Batch, attend, make_inputs, random_pool
 from bench.floors import Peaks, limit_s, measure_peaks
-from bench.kernel_timing import compile_calls, time_compiled
+from bench.kernel_timing import compile_calls
+from bench.profile_step import module_kernels, seconds_of_runs
 from bench.record import command, commit, record
 from bench.summary import target, worst_target
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
@@ -43,6 +47,7 @@ NUM_INPUTS = {1: 16, 16: 16, 64: 4, 256: 2}  # to rotate, by rows: together more
 NUM_PREFILL_INPUTS = 4
 GROUP = 12  # programs that are compiled before those that are ready are measured
 COMPILERS = 12  # threads
+REPEATS = 3  # of a program in a profile
 
 
 def decode_batches(model: str) -> list[Batch]:
@@ -114,6 +119,10 @@ def program_key(batch: Batch) -> tuple[Any, ...]:
     return (batch.model, batch.num_tokens, batch.max_length)
 
 
+def program_name(batch: Batch) -> str:
+    return "attention_" + re.sub(r"\W", "_", "_".join(map(str, program_key(batch))))
+
+
 def compiled(batch: Batch, pool: jax.Array, implementation: str | None) -> Any:
     """The program of a batch, or why there is none."""
     decode, ragged = chosen_kernels(batch.model, implementation)
@@ -126,18 +135,45 @@ def compiled(batch: Batch, pool: jax.Array, implementation: str | None) -> Any:
     )
     try:
         inputs, shared = jax.eval_shape(lambda pool: make(pool=pool), pool)
-        return compile_calls(call, inputs, num_calls=len(inputs), shared=shared)
+        return compile_calls(
+            call, inputs, num_calls=len(inputs), shared=shared, name=program_name(batch)
+        )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return error
 
 
-def measure(
-    batch: Batch, program: Any, pool: jax.Array, implementation: str | None, peaks: Peaks
-) -> dict[str, Any]:
+def group_seconds(
+    batches: list[Batch],
+    programs: dict[tuple[Any, ...], Any],
+    pool: jax.Array,
+    implementation: str | None,
+) -> list[float]:
+    """Seconds a call of each batch, all in one trace."""
+
+    def run() -> None:
+        for batch in batches:
+            ragged = chosen_kernels(batch.model, implementation)[1]
+            inputs, shared = make_inputs(
+                batch, BLOCK_Q[ragged], num_inputs=num_inputs(batch), pool=pool
+            )
+            for _ in range(1 + REPEATS):
+                jax.block_until_ready(programs[program_key(batch)](inputs, shared))
+
+    kernels = module_kernels(run)
+    counts = collections.Counter(map(program_name, batches))
+    runs = {
+        name: iter(seconds_of_runs(kernels[f"jit_{name}"], count * (1 + REPEATS)))
+        for name, count in counts.items()
+    }
+    seconds = []
+    for batch in batches:
+        _, *timed = itertools.islice(runs[program_name(batch)], 1 + REPEATS)  # the first one warms
+        seconds.append(float(np.median(timed)) / num_inputs(batch))
+    return seconds
+
+
+def judged(batch: Batch, seconds: float, peaks: Peaks) -> dict[str, Any]:
     """One batch's time, floor and whether it meets its target; short prefill has none."""
-    ragged = chosen_kernels(batch.model, implementation)[1]
-    inputs, shared = make_inputs(batch, BLOCK_Q[ragged], num_inputs=num_inputs(batch), pool=pool)
-    seconds = time_compiled(program, inputs, num_calls=len(inputs), shared=shared, repeats=3)
     floor = batch.floor_s(peaks)
     share = PREFILL_SHARE if batch.chunks else DECODE_SHARE[batch.model]
     is_judged = not batch.chunks or (not batch.contexts and max(batch.ends) >= LONG_PREFILL)
@@ -211,14 +247,18 @@ def run_model(
                     lambda b: compiled(b, pool, args.implementation), firsts.values()
                 )
                 programs = dict(zip(firsts, found, strict=True))
+        ready = []
         for batch in group:
             program = programs.get(program_key(batch))
-            if program is None or time.perf_counter() > stop_s:
-                print(f"{model:14} {batch.name:32} left out for lack of time", flush=True)
-            elif isinstance(program, Exception):
-                print(f"{model:14} {batch.name:32} {str(program).splitlines()[0]}", flush=True)
+            if program is None or isinstance(program, Exception):
+                why = str(program).splitlines()[0] if program else "left out for lack of time"
+                print(f"{model:14} {batch.name:32} {why}", flush=True)
             else:
-                cases.append(measure(batch, program, pool, args.implementation, peaks))
+                ready.append(batch)
+        if ready:
+            seconds = group_seconds(ready, programs, pool, args.implementation)
+            for batch, of_batch in zip(ready, seconds, strict=True):
+                cases.append(judged(batch, of_batch, peaks))
                 print(line(cases[-1]), flush=True)
     pool.delete()
     return cases

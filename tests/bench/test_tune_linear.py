@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from bench import kernels_linear, linear_cases, profile_step
@@ -18,6 +15,7 @@ from bench.linear_cases import DTYPES, SHAPES, Case, compile_all, describe, time
 from bench.tune_linear import TUNED, cases, merged, table
 from pallas_kernels import linear_mosaic as mosaic
 from pallas_kernels.linear_triton import Config
+from tests.bench.cpu_profile import cpu_events
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
@@ -40,18 +38,6 @@ def test_candidates_fit_the_device_and_cover_every_shape() -> None:
     assert {c.num_rows for c in found if c.config is None} == {64}
     parts = [cases(arguments(part=f"{i}/3")) for i in range(3)]
     assert sorted(map(str, found)) == sorted(str(case) for part in parts for case in part)
-
-
-def cpu_events(run: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
-    """As `stream_events`, of what the CPU's programs did."""
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            run()
-        (path,) = Path(directory).rglob("*.xplane.pb")
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    yield line.name, event
 
 
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
