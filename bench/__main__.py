@@ -1,7 +1,7 @@
 """The paper's evaluation by one command: sweeps in shards, the report, the summary.
 
     python -m bench                        # every shard; hours on a GPU
-    python -m bench retention-7b capped-7b # some
+    python -m bench core-7b retention-7b # some
     python -m bench --quick                # a minute or two on a CPU
 
 Results go to bench/results/DEVICE/sweeps, the summary of all targets to bench/results/DEVICE. A

@@ -14,7 +14,6 @@ from bench.points import Point
 from bench.replay import Replay
 from bench.sweep_engine import SweepEngine
 from bench.trace import Request, digest, rate
-from sloraj.messages import Generate
 
 
 def run_point(
@@ -60,7 +59,4 @@ def generate_fields(point: Point, index: int, request: Request) -> dict[str, Any
 
     The lower a priority, the earlier its turn: newest first is one lower for each request.
     """
-    found: dict[str, Any] = {"tenant": request.tenant}
-    if point.newest_first:
-        found["priority"] = -index
-    return {name: value for name, value in found.items() if name in Generate.__struct_fields__}
+    return {"tenant": request.tenant, "priority": -index if point.newest_first else 0}

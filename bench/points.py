@@ -29,12 +29,15 @@ class EngineSpec:
     max_adapter_slots: int = 2048
     max_model_len: int = 1024
     pool_bytes: int | None = None  # None: all that is left
+    tensor_parallel_size: int = 1  # more than one are simulated
 
     @property
     def name(self) -> str:
         """For files and logs: what differs from the usual."""
         merged = "" if self.merged_rank is None else f"merged{self.merged_rank}"
-        return "-".join(word for word in (self.geometry, self.kernels or "", merged) if word)
+        devices = "" if self.tensor_parallel_size == 1 else f"tp{self.tensor_parallel_size}"
+        words = (self.geometry, self.kernels or "", merged, devices)
+        return "-".join(word for word in words if word)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.shards import SHARDS
+from bench.shards import SHARDS, SIMULATED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def missing(records: Iterable[dict[str, Any]], figure: str) -> list[str]:
     """Keys of the grid's points of a figure that no record has, and of those that failed."""
     done = {record["key"]: record for record in records}
     found = []
-    for points in SHARDS.values():
+    for points in (*SHARDS.values(), SIMULATED):
         for point in points:
             if point.figure == figure:
                 record = done.get(point.key)

@@ -304,5 +304,5 @@ def tensor_parallel(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> S
                 ],
             )
         ],
-        missing=[] if found else ["30B and 70B on 2 and 4 GPUs: simulated by nobody yet"],
+        missing=missing(records, "tensor-parallel"),
     )  # fmt: skip

@@ -226,10 +226,11 @@ def fairness(rows: Sequence[Row], records: Records) -> Section:
         ),
         tables=[
             Table(
-                header=("order", "flood", "others: first token, s: p50", "p99",
+                header=("order", "flood", "requests/s", "others: first token, s: p50", "p99",
                         "the flooding tenant: p50"),
                 rows=[
                     [row.system, "no" if row.flood is None else f"{row.flood:g}x",
+                     number(row.requests_per_s),
                      number(others_first_s(row, 50)), number(others_first_s(row, 99)),
                      number(first_s(row, 50, lambda tenant: tenant == FLOODER))]
                     for row in found

@@ -103,14 +103,15 @@ POLICIES: dict[str, dict[str, Any]] = {  # one taken away or replaced at a time
 }  # fmt: skip
 
 SHARDS: dict[str, list[Point]] = {
-    "retention-7b": [
-        *retention(B7, "S1", (200, 1000, 2000)),
-        *retention(B7, "S2", (200, 1000)),
+    "core-7b": [
+        *retention(B7, "S2", (200,)),
+        *retention(B7, "S1", (200,)),
+        *ablation(24, "S2", 200, ("sloraj", "no-unify-mem")),
     ],
+    "retention-7b": [*retention(B7, "S1", (1000, 2000)), *retention(B7, "S2", (1000,))],
     "capped-7b": [
-        *ablation(24, "S2", 200, ("sloraj", "no-unify-mem", "no-unify-mem, a quarter")),
         *ablation(40, "S2", 200, ("sloraj", "no-unify-mem", "no-unify-mem, a quarter")),
-        *ablation(24, "S2", 200, ("padded ranks",)),
+        *ablation(24, "S2", 200, ("no-unify-mem, a quarter", "padded ranks")),
         *ablation(40, "S2", 200, ("padded ranks",)),
     ],
     "abort": loads("abort", ABORTS, points=[{"load": load} for load in (0.9, 1.3)]),
@@ -156,6 +157,18 @@ SHARDS: dict[str, list[Point]] = {
 }  # fmt: skip
 """In order of value: the first ones say most."""
 
+B30 = EngineSpec(geometry="llama-30b", tensor_parallel_size=4)
+B70 = EngineSpec(geometry="llama-70b", tensor_parallel_size=4)
+SIMULATED: list[Point] = [
+    *retention(B7, "S2", (2000,), figure="table-3", pool_gb=80.0),  # 117 GB of host memory
+    *retention(B13, "S4", (1000,), figure="table-3", pool_gb=80.0, num_requests=512),
+    *retention(B30, "S5", (10, 100), figure="tensor-parallel"),
+    *retention(B70, "S6", (10,), figure="tensor-parallel"),
+]
+"""What one H200 and its host cannot hold. Nothing here runs them: records of them have "simulated":
+true, and the report misses those that are not there.
+"""
+
 TINY = EngineSpec(
     geometry="demo", max_num_seqs=4, max_num_batched_tokens=32, max_rank=16, max_adapter_slots=32,
     max_model_len=128,
@@ -183,6 +196,11 @@ QUICK: list[Point] = [
         *({"figure": "rate", "load": load} for load in (0.5, 1.2)),
         {"figure": "alpha", "load": 0.8, "alpha": 0.1},
         {"figure": "cv", "load": 0.8, "cv": 4.0},
+        *({"figure": "clusters", "load": 0.8, "system": "d = 2"} | CLUSTERS["d = 2"],),
+        *(
+            {"figure": "fairness", "load": 0.6, "flood": 5.0, "system": name} | FAIRNESS[name]
+            for name in FAIRNESS
+        ),
     ),
 ]
 """The same machinery on a CPU, in a minute or two: that the sweeps work, and nothing else."""

@@ -1,7 +1,7 @@
 """Runs the paper's grid in shards, each in one process and under nine minutes.
 
     python -m bench.sweep list
-    python -m bench.sweep run retention-7b capped-7b --out bench/results/nvidia-h200/sweeps
+    python -m bench.sweep run core-7b retention-7b --out bench/results/nvidia-h200/sweeps
     python -m bench.sweep run --quick --out DIR         # a minute on a CPU
     python -m bench.sweep table bench/results/nvidia-h200/sweeps
 

@@ -8,6 +8,7 @@ device memory is a core that is given fewer pages than the runner has.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from sloraj.batch import PackedAdapter
 from sloraj.build import build_core
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
 from sloraj.core import EngineCore
+from sloraj.runner import DeviceRunner
 from sloraj.runner.memory import ITEMSIZE
 
 WORKSPACE_BYTES = 2_500_000_000  # of a capped total, what is neither weights nor pool
@@ -84,11 +86,13 @@ class SweepEngine:
             max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens,
             max_rank=spec.max_rank, max_adapter_slots=spec.max_adapter_slots,
             max_model_len=spec.max_model_len, max_num_waiting=1 << 20, loader_processes=0,
+            tensor_parallel_size=spec.tensor_parallel_size,
             compilation_cache_dir=cache_dir,
         )  # fmt: skip
         core, self.info = build_core(
             self._engine_config, on_progress, make_loader=self._make_loader
         )
+        assert isinstance(core._runner, DeviceRunner)
         self._runner, self._config = core._runner, core._config
         self.startup_s = time.perf_counter() - started
 
@@ -122,6 +126,8 @@ class SweepEngine:
 
     def core(self, point: Point) -> EngineCore:
         """A new core as the point wants it, with its adapters registered and none on the device."""
+        gc.collect()  # of the core before: it holds adapters
+        self._runner._staged.clear()  # what it sent and never installed; tags start anew
         num_pages = self.num_pages(point)
         config = dataclasses.replace(
             with_policies(self._config, self._engine_config, dict(point.policies)),
@@ -138,6 +144,7 @@ class SweepEngine:
             loader_executor=self._executor,
         )  # fmt: skip
         core.preload(adapters, lambda done: None)
+        gc.collect()  # now, and not in a step
         return core
 
     def _load(self, path: str, is_padded: bool) -> Loaded:

@@ -34,7 +34,7 @@ def test_named_shards_alone_are_run_and_unknown_names_are_refused(
     assert _steps(monkeypatch, "--quick")[0][2] == "--quick"
     with pytest.raises(SystemExit):
         _steps(monkeypatch, "no-such")
-    assert "SHARD: got 'no-such', allowed: retention-7b" in capsys.readouterr().err
+    assert "SHARD: got 'no-such', allowed: core-7b" in capsys.readouterr().err
 
 
 def test_a_shard_that_fails_leaves_the_rest_and_the_status_says_so(

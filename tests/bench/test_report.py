@@ -16,11 +16,11 @@ from bench.report import SECTIONS, make_report
 from bench.report_plots import Line, Panel, draw
 from bench.report_rows import missing, pick, rows_of
 from bench.report_targets import targets
-from bench.shards import SHARDS
+from bench.shards import SHARDS, SIMULATED
 from bench.summary import collect
 from bench.sweep import base_of
 
-POINT = next(p for p in SHARDS["retention-7b"] if p.setting == "S2" and p.num_adapters == 200)
+POINT = next(p for p in SHARDS["core-7b"] if p.setting == "S2" and p.num_adapters == 200)
 
 
 def _record(point: Point, per_s: float, **more: Any) -> dict[str, Any]:
@@ -69,6 +69,8 @@ def test_where_the_base_drained_otherwise_saturated_rates_are_compared() -> None
 
 def test_what_was_not_measured_is_named_and_what_failed_says_why() -> None:
     keys = {p.key for points in SHARDS.values() for p in points if p.figure == POINT.figure}
+    assert not {point.key for point in SIMULATED} & keys
+    assert set(missing([], "tensor-parallel")) <= {point.key for point in SIMULATED}
     assert set(missing([], POINT.figure)) == keys
     failed = _record(POINT, 1.0) | {"summary": None, "error": "too small"}
     assert f"{POINT.key}: too small" in missing([failed], POINT.figure)
@@ -110,7 +112,9 @@ def test_simulated_rows_meet_no_target() -> None:
 
 
 def test_unified_paging_is_judged_against_the_better_split() -> None:
-    points = {p.system: p for p in SHARDS["capped-7b"] if p.pool_gb == 24.0}
+    points = {
+        p.system: p for name in ("core-7b", "capped-7b") for p in SHARDS[name] if p.pool_gb == 24.0
+    }
     records = [
         _record(points["sloraj"], 13.0), _record(points["no-unify-mem"], 8.0),
         _record(points["no-unify-mem, a quarter"], 11.0),
@@ -152,4 +156,4 @@ def test_a_picture_of_nothing_is_not_drawn(tmp_path: Path) -> None:
 def test_rows_are_picked_by_the_fields_of_their_points() -> None:
     records = [_record(point, 1.0) for point in SHARDS["retention-7b"]]
     found = pick(rows_of(records), "num-adapters", setting="S1")
-    assert [row.num_adapters for row in found] == [200, 1000, 2000]
+    assert [row.num_adapters for row in found] == [1000, 2000]
