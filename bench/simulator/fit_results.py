@@ -106,7 +106,7 @@ def offline_observations(result: dict[str, Any], mode: str) -> Iterable[Observat
 
 def _mean(steps: list[StepFeatures]) -> StepFeatures:
     first = steps[0]
-    means = {
+    means: dict[str, Any] = {
         name: round(float(np.mean([getattr(step, name) for step in steps])))
         for name in FIELDS
         if not isinstance(getattr(first, name), str)
@@ -157,7 +157,7 @@ def host_costs(result: dict[str, Any]) -> tuple[Cost, Cost]:
 
     def execute_s(mode: dict[str, Any]) -> float:
         verbs = mode["verbs_s"]
-        return float(verbs["execute"] - verbs.get("install", 0.0)) / mode["steps"]
+        return float((verbs["execute"] - verbs.get("install", 0.0)) / mode["steps"])
 
     adds_s = max(execute_s(warm) - execute_s(base), 0.0)
     execute = {

@@ -119,7 +119,7 @@ def make_fleet(args: argparse.Namespace, model: DeviceModel) -> Fleet:
 
 def zipf(num_adapters: int, exponent: float) -> np.ndarray:
     weights = np.arange(1, num_adapters + 1, dtype=np.float64) ** -exponent
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def make_trace(

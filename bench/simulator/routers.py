@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -122,18 +123,15 @@ class HashAffinity:
 
 
 class BoundedHash(HashAffinity):
-    """The next replica on the ring that has less than `BOUND` times the mean load (Mirrokni,
-    Thorup, Zadimoghaddam: consistent hashing with bounded loads).
+    """The next replica on the ring that would then have no more than `BOUND` times the mean load,
+    rounded up (Mirrokni, Thorup, Zadimoghaddam: consistent hashing with bounded loads).
     """
 
     def choose(self, adapter: int, view: FleetView) -> int:
         owners, place = self._ring.owners, int(self._ring.places[adapter])
-        limit = BOUND * (float(view.loads.mean()) + 1 / view.num_replicas)
-        for step in range(len(owners)):
-            replica = int(owners[(place + step) % len(owners)])
-            if view.loads[replica] + 1 <= max(limit, 1.0):
-                return replica
-        return int(owners[place])
+        limit = math.ceil(BOUND * (float(view.loads.sum()) + 1) / view.num_replicas)
+        on_the_ring = (int(owners[(place + step) % len(owners)]) for step in range(len(owners)))
+        return next(replica for replica in on_the_ring if view.loads[replica] < limit)
 
 
 class AdapterAware:
