@@ -14,7 +14,6 @@ SIMULATED: engines are real code, devices a fitted model, networks an assumption
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +22,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.clock import SimulatedClock
 from bench.records import RecordError, RecordFile, header
-from bench.replay import Replay
 from bench.settings import SETTINGS
 from bench.simulator.device_model import DeviceModel
-from bench.simulator.engine import EngineDescription, simulated_core
 from bench.simulator.fleet_run import Fleet, measure, run_fleet
 from bench.simulator.geometry import describe_geometry
 from bench.simulator.host_tier import HostTier
@@ -44,11 +40,10 @@ from bench.simulator.routers import (
     Router,
     mixed_bits,
 )
-from bench.slo import throughput
+from bench.simulator.saturation import saturated_rate
 from bench.trace import Request
 
 QUICK = {"replicas": 6, "adapters": 3000, "duration": 4.0, "warm": 1.0, "cool": 0.5, "host_gb": 8.0}
-SATURATION_REQUESTS = 400
 
 
 def main() -> None:
@@ -58,7 +53,9 @@ def main() -> None:
     except (OSError, ValueError) as exc:
         raise SystemExit(f"bench.simulator.fleet: {exc}") from exc
     fleet = make_fleet(args, model)
-    saturated = saturated_rate(fleet.engine, model, tuple(args.input), tuple(args.output))
+    saturated = saturated_rate(
+        fleet.engine, model, inputs=tuple(args.input), outputs=tuple(args.output)
+    )
     rate = args.load * saturated * args.replicas
     end_s = args.warm + args.duration + args.cool
     trace = make_trace(fleet, rate, end_s, tuple(args.input), tuple(args.output))
@@ -139,27 +136,6 @@ def make_trace(
         )
         for arrival, adapter, prompt, output in zip(*(c.tolist() for c in columns), strict=True)
     ]  # fmt: skip
-
-
-def saturated_rate(
-    engine: EngineDescription, model: DeviceModel, inputs: tuple[int, int], outputs: tuple[int, int]
-) -> float:
-    """Requests of the base model a second that a replica serves if it always has more than it can
-    take, its last, emptying steps left out.
-    """
-    rng, clock = np.random.RandomState(1), SimulatedClock()
-    requests = [
-        Request(arrival_s=0.0, adapter=None, tenant="", num_prompt_tokens=int(rng.randint(*inputs)),
-                num_output_tokens=int(rng.randint(*outputs)))
-        for _ in range(SATURATION_REQUESTS)
-    ]  # fmt: skip
-    outcomes = Replay(
-        simulated_core(engine, model, clock), requests, clock,
-        vocab_size=engine.scheduler.vocab_size, prompt=lambda i, r: [0] * r.num_prompt_tokens,
-    ).run().outcomes  # fmt: skip
-    last_begin_s = max(o.first_token_s or 0.0 for o in outcomes)
-    full = [dataclasses.replace(o) for o in outcomes if o.ended_s <= last_begin_s]
-    return throughput(full) if full else throughput(outcomes)
 
 
 def cost_of_rank(fleet: Fleet) -> dict[int, float]:
