@@ -35,6 +35,18 @@ def device_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
         yield f"{kind}:{name}", getattr(features, name)
 
 
+def execute_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
+    """What the host does in `Runner.execute`: packing, launching, issuing copies."""
+    kind = "decode" if features.is_decode else "mixed"
+    yield "step", 1.0
+    yield (
+        f"{kind}:{features.variant}",
+        1.0 if kind == "mixed" or features.variant != "base" else 0.0,
+    )
+    for name in ("num_sampled", "num_resets", "num_installs", "num_late"):
+        yield name, getattr(features, name)
+
+
 def host_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
     """What the host does for a step before it hands it to the runner: messages, scheduling."""
     yield "step", 1.0

@@ -79,13 +79,14 @@ class FastForward:
         context, rows = features.context_tokens, features.num_decoding
         now_s, free_s, end_s, done = clock.now(), runner.free_s, handle.end_s, 0
         busy_s, arrived_s = runner.busy_s, runner.arrived_s
+        head_start_s = model.head_start_s
         while done < most and now_s < until_s:
             context += rows
-            now_s = max(
-                now_s, now_s + (between_s + (execute_fixed_s + execute.context_s * context))
-            )
+            begun_s = now_s
+            host_s = between_s + (execute_fixed_s + execute.context_s * context)
+            now_s = max(now_s, begun_s + host_s)
             device_s = device_fixed_s + device.context_s * context
-            free_s = max(free_s, now_s, arrived_s) + device_s
+            free_s = max(free_s, begun_s, now_s - head_start_s, arrived_s) + device_s
             busy_s += device_s
             now_s, end_s = max(now_s, end_s), free_s
             done += 1
