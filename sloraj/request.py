@@ -130,6 +130,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
+    admission: int = 0  # grows with every first admission; 0: not yet admitted
     state: SequenceState = SequenceState.WAITING
     row: int | None = None
     slot: int = 0

@@ -1,0 +1,90 @@
+"""What an order of new sequences is, and the plain one: first come, first served."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from sloraj.request import Sequence
+
+
+class Order(Protocol):
+    """Sequences that wait for their first admission. Owned, and told of everything, by
+    `WaitingQueue`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All of them, in no particular order."""
+
+    def add(self, sequence: Sequence) -> None:
+        """A new one has come."""
+
+    def remove(self, sequence: Sequence) -> None:
+        """One goes without having been admitted."""
+
+    def first(self) -> Sequence | None:
+        """Whose turn it is; None if none waits."""
+
+    def in_order(self) -> Iterator[Sequence]:
+        """All of them as they would be admitted, were there room for all; lazily, changing
+        nothing. Nothing else may be called meanwhile.
+        """
+
+    def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
+        """`first` was admitted, and `loaded_bytes` of its adapter are sent to the device for it."""
+
+    def sampled(self, sequence: Sequence) -> None:
+        """An enqueued step samples a token of a running sequence."""
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence that was admitted has ended, however that came about."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges by name: at most a few dozen, whatever the traffic."""
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless what is kept adds up."""
+
+
+class FirstComeFirstServed:
+    """Implements `Order`."""
+
+    def __init__(self) -> None:
+        self._sequences: deque[Sequence] = deque()  # oldest first
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        self._sequences.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._sequences.remove(sequence)
+
+    def first(self) -> Sequence | None:
+        return self._sequences[0] if self._sequences else None
+
+    def in_order(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
+        head = self._sequences.popleft()
+        assert head is sequence
+
+    def sampled(self, sequence: Sequence) -> None:
+        """Nothing is charged."""
+
+    def finish(self, sequence: Sequence) -> None:
+        """Nothing is remembered."""
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def check_integrity(self) -> None:
+        """A deque has nothing to disagree with."""
