@@ -1,13 +1,14 @@
 """A first model from results that were not recorded step by step: `bench.step`, `bench.offline`.
 
-    python -m bench.simulator.fit_results --step bench/results/nvidia-h200/step-7b.json \\
-        --offline bench/results/nvidia-h200/offline-512.json --fit base warm --check cold \\
+    python -m bench.simulator.fit_results --results bench/results/nvidia-h200 --step step-7b.json \\
+        --fit offline-1000.json:base offline-1000.json:warm \\
+        --check offline-1000.json:cold offline-512.json:base offline-512.json:warm \\
         --out bench/results/nvidia-h200/simulator-model.json
 
 Offline runs hand in all requests at once, so that their batches do not depend on time: scheduling
 the same requests again gives the features of the very steps whose durations were added up by
-bucket. The host's part is the mean of its verbs. A recorded run (`bench.record_runs`) shows more,
-and takes this one's place.
+bucket. The host's part is the mean of its verbs. The runs under --check are predicted, and become
+entries of the summary. A recorded run (`bench.record_runs`) shows more, and takes this one's place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from bench.simulator.engine import EngineDescription, register, simulated_core
 from bench.simulator.features import FIELDS, StepFeatures
 from bench.simulator.fitting import BUS_BYTES_PER_S, BUS_LATENCY_S, Observation, fit_cost
 from bench.simulator.geometry import describe_geometry
-from bench.simulator.validation import measures
+from bench.simulator.validation import measures, table, targets
 from bench.step_trace import StepTrace
 from bench.trace import Request
 from checkpoints.model_config import ModelConfig
@@ -60,8 +61,6 @@ def run_offline(
 ) -> tuple[ReplayResult, list[StepFeatures]]:
     """The requests of one mode of an offline result, on a simulated device."""
     settings = result["settings"]
-    if settings["popularity"] != "distinct":
-        raise ValueError(f"popularity: got {settings['popularity']!r}, allowed: 'distinct'")
     engine, clock = offline_engine(result), SimulatedClock()
     core = simulated_core(engine, model, clock)
     ranks = [int(rank) for rank in settings["ranks"].split(",")]
@@ -69,10 +68,10 @@ def run_offline(
     register(core, [ranks[i % len(ranks)] for i in range(num)])
     requests = [
         Request(
-            arrival_s=0.0, adapter=i % num if num else None, tenant="offline",
+            arrival_s=0.0, adapter=adapter if num else None, tenant="offline",
             num_prompt_tokens=settings["input"], num_output_tokens=settings["output"],
         )
-        for i in range(settings["requests"])
+        for adapter in drawn_adapters(settings, engine.scheduler.vocab_size)
     ]  # fmt: skip
     for _ in range(2 if mode == "warm" else 1):  # the first run of the two installs them
         steps = StepTrace(core, engine, clock.now)
@@ -82,6 +81,19 @@ def run_offline(
         ).run()  # fmt: skip
         steps.close()
     return replayed, [step.features for step in steps.steps()]
+
+
+def drawn_adapters(settings: dict[str, Any], vocab_size: int) -> list[int]:
+    """The adapter of each request, as `bench.offline` draws them: after the prompts."""
+    num, num_adapters = settings["requests"], settings["adapters"]
+    if settings["popularity"] == "distinct":
+        return [i % num_adapters for i in range(num)]
+    rng = np.random.default_rng(0)
+    rng.integers(3, vocab_size, (num, settings["input"]), dtype=np.int32)
+    exponent = 1.0 if settings["popularity"] == "zipf" else 0.0
+    weights = 1.0 / np.arange(1, num_adapters + 1) ** exponent
+    drawn: list[int] = rng.choice(num_adapters, num, p=weights / weights.sum()).tolist()
+    return drawn
 
 
 def offline_observations(result: dict[str, Any], mode: str) -> Iterable[Observation]:
@@ -152,12 +164,13 @@ def _features(**given: Any) -> StepFeatures:
 
 
 def host_costs(result: dict[str, Any]) -> tuple[Cost, Cost]:
-    """`execute` and `between`: means a step, what adapters add, what an install takes.
+    """`execute` and `between`: means a step, what adapters add, what an install takes (of the mode
+    that reads adapters from disk, so that the cold one is left to be predicted).
 
     A mean of `execute` holds the time that it waited for the device's queue behind large steps. The
     host cannot take longer than the shortest steps took.
     """
-    base, warm, cold = result["base"], result["warm"], result["cold"]
+    base, warm, disk = result["base"], result["warm"], result["disk"]
     between_s = sum(warm["verbs_s"][verb] for verb in OTHER_VERBS) / warm["steps"]
 
     def execute_s(mode: dict[str, Any]) -> float:
@@ -169,55 +182,79 @@ def host_costs(result: dict[str, Any]) -> tuple[Cost, Cost]:
     adds_s = max(execute_s(warm) - execute_s(base), 0.0)
     execute = {
         "step": execute_s(base), "decode:attention": adds_s, "mixed:attention": adds_s,
-        "num_installs": cold["verbs_s"]["install"] / cold["adapter_installs"],
+        "num_installs": disk["verbs_s"]["install"] / disk["adapter_installs"],
     }  # fmt: skip
     return Cost(execute), Cost({"step": between_s})
 
 
-def main() -> None:
-    args = _parse()
-    step, offline = (json.loads(path.read_text()) for path in (args.step, args.offline))
-    engine = offline_engine(offline)
-    observed = list(step_observations(step, engine.model))
-    for mode in args.fit:
-        observed += offline_observations(offline, mode)
+def fit_results(directory: Path, step: str, fitted: Sequence[tuple[str, str]]) -> DeviceModel:
+    """A model from a step result and (offline result, mode) pairs, named as files of a directory.
+    The host is that of the first.
+    """
+    results = {name: read_result(directory, name) for name in {name for name, _ in fitted}}
+    first = results[fitted[0][0]]
+    engine = offline_engine(first)
+    observed = list(step_observations(read_result(directory, step), engine.model))
+    for name, mode in fitted:
+        observed += offline_observations(results[name], mode)
     device, errors = fit_cost(observed, device_columns)
-    execute, between = host_costs(offline)
-    model = DeviceModel(
+    execute, between = host_costs(first)
+    return DeviceModel(
         device=device, execute=execute, between=between, bus_bytes_per_s=BUS_BYTES_PER_S,
         bus_latency_s=BUS_LATENCY_S,
         origin={
-            "geometry": engine.geometry, "device": offline["device"],
-            "commit": offline["commit"], "command": command(),
-            "runs": [args.step.name, *(f"{args.offline.name}:{mode}" for mode in args.fit)],
+            "geometry": engine.geometry, "device": first["device"], "commit": first["commit"],
+            "command": command(), "runs": [step, *map(":".join, fitted)],
             "errors": {"device": errors},
         },
     )  # fmt: skip
-    checked = [_check(offline, mode, model) for mode in (*args.fit, *args.check)]
-    model.origin["checked"] = checked
+
+
+def read_result(directory: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / name).read_text())
+    return found
+
+
+def check(result: dict[str, Any], name: str, mode: str, model: DeviceModel) -> dict[str, Any]:
+    """Throughput and median first token of a mode, measured and simulated: as
+    `bench.simulator.validation.compare`.
+    """
+    simulated, real = measures(run_offline(result, mode, model)[0].outcomes), result[mode]
+    measured = {
+        "requests_per_s": real["requests_per_s"], "first_token_p50_s": real["first_token_s"]["p50"]
+    }  # fmt: skip
+    predicted = {key: simulated[key] for key in measured}
+    errors = [abs(predicted[key] / measured[key] - 1) for key in measured]
+    return {
+        "run": f"{name}:{mode}", "measured": measured, "predicted": predicted,
+        "throughput_error": errors[0], "first_token_error": errors[1],
+    }  # fmt: skip
+
+
+def main() -> None:
+    args = _parse()
+    fitted, checked = (
+        [tuple(words.split(":", 1)) for words in given] for given in (args.fit, args.check)
+    )
+    both = set(fitted) & set(checked)
+    if both:
+        raise SystemExit(f"bench.simulator.fit_results: {sorted(both)} to fit and to check")
+    model = fit_results(args.results, args.step, fitted)
+    compared = [check(read_result(args.results, name), name, mode, model) for name, mode in checked]
+    model.origin["compared"] = compared
+    model.origin["targets"] = targets(compared)
     model.save(args.out)
-    print(json.dumps({"errors": model.origin["errors"], "checked": checked}, indent=1))
-
-
-def _check(offline: dict[str, Any], mode: str, model: DeviceModel) -> dict[str, Any]:
-    """Throughput and median first token of a mode: measured and simulated."""
-    simulated, measured = measures(run_offline(offline, mode, model)[0].outcomes), offline[mode]
-    pairs = {
-        "requests_per_s": (measured["requests_per_s"], simulated["requests_per_s"]),
-        "first_token_p50_s": (measured["first_token_s"]["p50"], simulated["first_token_p50_s"]),
-    }
-    return {"mode": mode} | {
-        name: {"measured": real, "simulated": found, "error": abs(found / real - 1)}
-        for name, (real, found) in pairs.items()
-    }
+    print(json.dumps(model.origin["errors"], indent=1))
+    print(table(compared))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--step", type=Path, required=True, help="a result of bench.step")
-    parser.add_argument("--offline", type=Path, required=True, help="a result of bench.offline")
-    parser.add_argument("--fit", nargs="+", default=["base", "warm"], help="modes to fit on")
-    parser.add_argument("--check", nargs="*", default=["cold"], help="modes to predict alone")
+    parser.add_argument("--results", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--step", required=True, help="a result of bench.step in it")
+    parser.add_argument("--fit", nargs="+", required=True, metavar="FILE:MODE",
+                        help="modes of results of bench.offline to fit on")  # fmt: skip
+    parser.add_argument("--check", nargs="*", default=[], metavar="FILE:MODE", help="to predict")
     parser.add_argument("--out", type=Path, required=True, help="the model, JSON")
     return parser.parse_args()
 

@@ -2,7 +2,7 @@
 1,000,000 registered adapters.
 
     python -m bench.simulator.fleet --model bench/results/nvidia-h200/simulator-model.json \\
-        --load 0.7 --out bench/results/nvidia-h200/fleet.jsonl
+        --load 0.8 --out bench/results/nvidia-h200/fleet.jsonl
     python -m bench.simulator.fleet --model bench/results/nvidia-h200/simulator-model.json --quick
 
 Requests are a Poisson process over adapters of Zipf's popularity, whose ranks are those of a
@@ -219,11 +219,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=1_000_000)
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the popularity")
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="S2", help="for its ranks")
-    parser.add_argument("--load", type=float, default=0.7, help="of the base's saturated rate")
+    parser.add_argument("--load", type=float, default=0.8, help="of the base's saturated rate")
     parser.add_argument("--input", type=int, nargs=2, default=[512, 2048], help="[from, to)")
     parser.add_argument("--output", type=int, nargs=2, default=[64, 512], help="[from, to)")
     parser.add_argument("--duration", type=float, default=12.0, help="measured seconds")
-    parser.add_argument("--warm", type=float, default=5.0, help="seconds before them")
+    parser.add_argument("--warm", type=float, default=10.0, help="seconds before them")
     parser.add_argument("--cool", type=float, default=3.0, help="seconds after them")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--pool-gb", type=float, default=64.0, help="pages of each replica")
