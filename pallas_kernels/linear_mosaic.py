@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ WGMMA_ROWS = 64  # the wide side
 MAX_ROWS = 256  # of the narrow side
 SMEM_BYTES = 227 * 1024 - 1024  # of a block, less what barriers take
 MAX_GROUPS = 3
+COPY_REGISTERS = 40  # of a thread that copies
 NUM_BLOCKS = 132  # that run at once on an H100 or H200
 
 
@@ -38,12 +39,19 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
+    # A block that deals its registers out among its warpgroups owns all of a multiprocessor's, and
+    # nothing runs beside it. One that leaves room has as many a thread as its code needs.
+    leaves_room: bool = False
 
     def __post_init__(self) -> None:
-        # The pipeline gives compute warpgroups more registers than four of them can have, and a
-        # block that waits for registers waits for ever.
+        # More groups than this would want more registers than there are, and wait for ever.
         if self.num_groups > MAX_GROUPS:
             raise ValueError(f"num_groups: got {self.num_groups}, allowed: 1 to {MAX_GROUPS}")
+
+    @property
+    def compute_registers(self) -> int:
+        """Of a thread that multiplies, where a block has all registers: a multiple of 8."""
+        return min(256, (512 - COPY_REGISTERS) // self.num_groups // 8 * 8)
 
     def block_rows(self, num_rows: int) -> int:
         """Rows of a tile of x: all of them."""
@@ -144,7 +152,7 @@ class _Block:
         return (wide, narrow) if self.config.swap else (narrow, wide)
 
 
-def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
+def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> None:
     """One step of the loop, for the features of this warpgroup."""
     config = block.config
     weight = weight.at[pl.ds(block.group * config.block_out, config.block_out)]
@@ -155,7 +163,6 @@ def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
     else:
         plgpu.wgmma(sums, x, weight.T)
     plgpu.wgmma_wait(0)
-    return sums
 
 
 def _finish(block: _Block, sums: jax.Array, scale_refs: list[Ref], out: Ref, smem: Ref) -> None:
@@ -202,51 +209,102 @@ def _add_up(block: _Block, sums: jax.Array, parts: Ref, full: Ref, finish: Any) 
         finish(total)
 
 
+class _Ring(NamedTuple):
+    """Tiles of weight and x on their way through shared memory, `num_stages` of each."""
+
+    weight: Ref
+    x: Ref
+    full: Ref  # barriers: both copies of a step have arrived
+    free: Ref  # barriers: all who multiply have used them, in all blocks that x was copied for
+
+    @property
+    def num_stages(self) -> int:
+        size: int = self.weight.shape[0]
+        return size
+
+
+def _copy(block: _Block, weight_ref: Ref, x_ref: Ref, ring: _Ring, num_steps: int) -> None:
+    """The copying warpgroup."""
+    config = block.config
+    beside = ("beside",) if config.num_beside > 1 else None
+
+    def copy_step(step: jax.Array, _: None) -> None:
+        slot = jax.lax.rem(step, jnp.int32(ring.num_stages))
+
+        @pl.when(step >= ring.num_stages)
+        def wait_until_used() -> None:
+            plgpu.barrier_wait(ring.free.at[slot])
+
+        columns = pl.ds((block.share * num_steps + step) * config.block_in, config.block_in)
+        features, full = pl.ds(block.first, block.size), ring.full.at[slot]
+        plgpu.copy_gmem_to_smem(weight_ref.at[features, columns], ring.weight.at[slot], full)
+        plgpu.copy_gmem_to_smem(
+            x_ref.at[block.rows, columns], ring.x.at[slot], full, collective_axes=beside
+        )
+
+    jax.lax.fori_loop(0, num_steps, copy_step, None)
+    for slot in range(ring.num_stages):  # every phase of a barrier is seen by who waits on it
+        plgpu.barrier_wait(ring.free.at[slot])
+
+
 def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
-    *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs
+    *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs[:-4]
+    ring = _Ring(*refs[-4:])
     tile = jax.lax.axis_index("tile") * config.num_beside + jax.lax.axis_index("beside")
     block = _Block(
         config=config, num_rows=block_rows, first=tile * (config.block_out * config.num_groups),
         share=jax.lax.axis_index("share"), group=jax.lax.axis_index("group"),
     )  # fmt: skip
-    share_in = x_ref.shape[1] // config.split_in
+    num_steps = x_ref.shape[1] // config.split_in // config.block_in
 
-    def compute(pipeline: Any) -> None:
-        def accumulate(sums_ref: Ref) -> None:
-            pipeline(sums_ref)
-            sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
-            finish = functools.partial(
-                _finish, block, scale_refs=scale_refs, out=out_ref, smem=out_smem
-            )
-            if config.split_in == 1:
-                finish(sums)
-            else:
-                _add_up(block, sums, parts_smem, parts_full, finish)
+    def accumulate(sums_ref: Ref) -> None:
+        def multiply(step: jax.Array, _: None) -> None:
+            slot = jax.lax.rem(step, jnp.int32(ring.num_stages))
+            plgpu.barrier_wait(ring.full.at[slot])
+            _multiply(block, ring.weight.at[slot], ring.x.at[slot], sums_ref)
+            plgpu.barrier_arrive(ring.free.at[slot])
 
+        jax.lax.fori_loop(0, num_steps, multiply, None)
+        sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
+        finish = functools.partial(
+            _finish, block, scale_refs=scale_refs, out=out_ref, smem=out_smem
+        )
+        if config.split_in == 1:
+            finish(sums)
+        else:
+            _add_up(block, sums, parts_smem, parts_full, finish)
+
+    @pl.when(block.group < config.num_groups)
+    def compute() -> None:
+        if not config.leaves_room:
+            plgpu.set_max_registers(config.compute_registers, action="increase")
         pl.run_scoped(accumulate, plgpu.ACC(block.sums_shape, jnp.float32))
 
-    pipeline = plgpu.emit_pipeline_warp_specialized(
-        lambda _, weight, x, sums: _multiply(block, weight, x, sums),
-        grid=(share_in // config.block_in,),
-        memory_registers=40,
-        in_specs=[
-            plgpu.BlockSpec(
-                (block.size, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, weight_ref.dtype),
-            ),
-            plgpu.BlockSpec(
-                (block_rows, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, x_ref.dtype),
-                collective_axes=("beside",) if config.num_beside > 1 else (),
-            ),
-        ],
-        wg_axis="group",
-        num_compute_wgs=config.num_groups,
-        max_concurrent_steps=config.num_stages,
-        compute_context=compute,
-    )  # fmt: skip
-    columns = pl.ds(block.share * share_in, share_in)
-    pipeline(weight_ref.at[pl.ds(block.first, block.size), columns], x_ref.at[block.rows, columns])
+    @pl.when(block.group == config.num_groups)
+    def copy() -> None:
+        if not config.leaves_room:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        _copy(block, weight_ref, x_ref, ring, num_steps)
+
+
+def _ring_types(
+    config: Config, block_rows: int, num_steps: int, x: jax.Array, weight: jax.Array
+) -> list[Any]:
+    """Of the fields of `_Ring`."""
+    stages = min(config.num_stages, num_steps)
+    free: Any = functools.partial(plgpu.ClusterBarrier, collective_axes=("beside",))
+    if config.num_beside == 1:
+        free = plgpu.Barrier
+    return [
+        plgpu.SMEM(
+            (stages, rows, config.block_in), array.dtype,
+            transforms=_transforms(config.block_in, array.dtype),
+        )
+        for rows, array in ((config.block_out * config.num_groups, weight), (block_rows, x))
+    ] + [
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        free(num_arrivals=config.num_groups, num_barriers=stages),
+    ]  # fmt: skip
 
 
 def linear_mosaic(
@@ -276,6 +334,7 @@ def linear_mosaic(
     sums_shape = (config.block_out, block_rows) if config.swap else (block_rows, config.block_out)
     num_parts = max(1, config.split_in - 1)
     split = config.split_in > 1
+    num_steps = in_size // (config.split_in * config.block_in)
     out: jax.Array = plgpu.kernel(
         functools.partial(_kernel, config=config, block_rows=block_rows),
         out_type=jax.ShapeDtypeStruct((num_rows, out_size), out_dtype),
@@ -295,6 +354,7 @@ def linear_mosaic(
             ),
             plgpu.SMEM((num_parts, config.num_groups, *sums_shape) if split else (8,), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
+            *_ring_types(config, block_rows, num_steps, x, weight),
         ],
         kernel_name="linear",
         interpret=interpret_params(interpret),

@@ -8,13 +8,14 @@ device). Weights keep the checkpoint's `[out, in]` layout: `y = x @ W.T` is `"td
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
-from pallas_kernels.add_norm import add_rms_norm, rms_norm
+from pallas_kernels.add_norm import add_lora, add_rms_norm, rms_norm
 from pallas_kernels.dispatch import KernelChoice
 from pallas_kernels.linear import linear
 from pallas_kernels.lora_expand import lora_expand
@@ -88,13 +89,20 @@ class _Parameters(nnx.Module):
         return y if bias is None else y + bias[None, :]
 
 
+class Output(NamedTuple):
+    """Of a linear layer, or what a block adds to the residual stream."""
+
+    base: jax.Array  # [T, out]
+    lora: jax.Array | None = None  # f32, what adapters add, where that is kept apart
+
+
 class DecoderLayer(_Parameters):
     """One block: attention and MLP, each with the adapters' deltas."""
 
     def __call__(
         self,
         x: jax.Array,
-        delta: jax.Array,
+        added: Output,
         pool: jax.Array,
         layer: jax.Array,
         window: jax.Array,
@@ -102,18 +110,20 @@ class DecoderLayer(_Parameters):
         sin: jax.Array,
         inputs: StepInputs,
         spec: StepSpec,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Output, jax.Array]:
         """The residual stream and what this block adds to it, each `[T, D]`, and the pool.
 
-        x, delta: the same of the block before; they are added where the sum is normed anyway.
+        x, added: the same of the block before; they are added where the sum is normed anyway.
         pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
         eps, kernel = spec.config.rms_norm_eps, spec.kernels.add_rms_norm
         with jax.named_scope("attention"):
-            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernel)
-            delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
+            norm = self.input_norm[...]
+            x, h = add_rms_norm(x, added.base, norm, eps, added.lora, implementation=kernel)
+            added, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernel)
+            norm = self.post_norm[...]
+            x, h = add_rms_norm(x, added.base, norm, eps, added.lora, implementation=kernel)
             return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
@@ -126,17 +136,17 @@ class DecoderLayer(_Parameters):
         sin: jax.Array,
         inputs: StepInputs,
         spec: StepSpec,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         config = spec.config
         num_heads = config.num_heads // spec.tp
         num_kv_heads = local_kv_heads(config, spec.tp)
         q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
         delta = _Delta(pool, layer, inputs, spec)
-        qkv = self.linear_with_bias("qkv", h, spec)
-        qkv = delta.column(qkv, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
+        base = self.linear_with_bias("qkv", h, spec)
+        qkv = delta.column(base, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
         norms = HeadNorms(self.q_norm[...], self.k_norm[...]) if config.qk_norm else None
         q, pool = rope_write(
-            qkv, pool, cos, sin, inputs.pages, inputs.offsets, norms,
+            qkv.base, pool, cos, sin, inputs.pages, inputs.offsets, norms, qkv.lora,
             shape=HeadShape(
                 num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=config.head_dim,
                 page_size=spec.page_size,
@@ -146,29 +156,36 @@ class DecoderLayer(_Parameters):
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
-        delta = _Delta(pool, layer, inputs, spec)
-        partial = delta.row(self.linear("o", attended, spec), attended, O_PROJ)
-        out = sum_partial(partial, spec.tp)
-        bias = self.param("o_bias")
-        return (out if bias is None else out + bias[None, :]), pool
+        return self._row_parallel("o", attended, O_PROJ, pool, layer, inputs, spec), pool
+
+    def _row_parallel(
+        self, name: str, x: jax.Array, module: int, pool: jax.Array, layer: jax.Array,
+        inputs: StepInputs, spec: StepSpec,
+    ) -> Output:  # fmt: skip
+        """Through the weight `name`, of which each device has some input columns."""
+        partial, lora = _Delta(pool, layer, inputs, spec).row(self.linear(name, x, spec), x, module)
+        out, bias = sum_partial(partial, spec.tp), self.param(f"{name}_bias")
+        return Output(out if bias is None else out + bias[None, :], lora)
 
     def _mlp(
         self, h: jax.Array, pool: jax.Array, layer: jax.Array, inputs: StepInputs, spec: StepSpec
-    ) -> jax.Array:
+    ) -> Output:
         f = spec.config.intermediate_size // spec.tp
         delta = _Delta(pool, layer, inputs, spec)
-        gate_up = self.linear_with_bias("gate_up", h, spec)
-        gate_up = delta.column(gate_up, h, (GATE_PROJ, UP_PROJ), (f, f))
+        base = self.linear_with_bias("gate_up", h, spec)
+        gate_up = add_lora(*delta.column(base, h, (GATE_PROJ, UP_PROJ), (f, f)))
         gate, up = jnp.split(gate_up, 2, axis=1)
         h = jax.nn.silu(gate) * up
-        out = sum_partial(delta.row(self.linear("down", h, spec), h, DOWN_PROJ), spec.tp)
-        bias = self.param("down_bias")
-        return out if bias is None else out + bias[None, :]
+        return self._row_parallel("down", h, DOWN_PROJ, pool, layer, inputs, spec)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Delta:
-    """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2)."""
+    """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2).
+
+    In decode steps they are kept apart and added where the output is read anyway: on the device
+    shrink and expand then run beside the base's product, which they would else wait for.
+    """
 
     pool: jax.Array
     layer: jax.Array
@@ -177,24 +194,34 @@ class _Delta:
 
     def column(
         self, base: jax.Array, x: jax.Array, modules: tuple[int, ...], out_sizes: tuple[int, ...]
-    ) -> jax.Array:
+    ) -> Output:
         """Column-parallel: each device shrinks with its rank rows, then one fused all-gather."""
         if not set(modules) & set(self.spec.lora_modules):
-            return base
+            return Output(base)
         tp = self.spec.tp
         v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
-        return self._expand(base, gather_rank_rows(v, tp), modules, out_sizes, jnp.int32(0))
+        v = gather_rank_rows(v, tp)
+        if self._is_single_rows:
+            return Output(base, self._expand(None, v, modules, out_sizes, jnp.int32(0)))
+        return Output(self._expand(base, v, modules, out_sizes, jnp.int32(0)))
 
-    def row(self, base: jax.Array, x: jax.Array, module: int) -> jax.Array:
-        """Row-parallel: the partial shrink is summed; the device adds its columns to its
-        partial.
+    def row(self, base: jax.Array, x: jax.Array, module: int) -> Output:
+        """Row-parallel: the partial shrink is summed; of several devices each adds its columns to
+        its partial, so that the base's all-reduce finishes both.
         """
         if module not in self.spec.lora_modules:
-            return base
+            return Output(base)
         tp = self.spec.tp
         v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
         columns = self.spec.config.hidden_size // tp
-        return self._expand(base, v, (module,), (columns,), device_index(tp) * columns)
+        if self._is_single_rows and tp == 1:
+            return Output(base, self._expand(None, v, (module,), (columns,), jnp.int32(0)))
+        offset = device_index(tp) * columns
+        return Output(self._expand(base, v, (module,), (columns,), offset))
+
+    @property
+    def _is_single_rows(self) -> bool:
+        return self.inputs.lora_tiles.block_rows == 1
 
     def _shrink(
         self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
@@ -207,7 +234,7 @@ class _Delta:
 
     def _expand(
         self,
-        base: jax.Array,
+        base: jax.Array | None,
         v: jax.Array,
         modules: tuple[int, ...],
         out_sizes: tuple[int, ...],
@@ -331,15 +358,16 @@ def forward(
     def run_layer(
         leaves: dict[str, jax.Array],
         x: jax.Array,
-        delta: jax.Array,
+        added: Output,
         pool: jax.Array,
         layer: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return model.layer(leaves)(x, delta, pool, layer, window, cos, sin, inputs, spec)
+    ) -> tuple[jax.Array, Output, jax.Array]:
+        return model.layer(leaves)(x, added, pool, layer, window, cos, sin, inputs, spec)
 
     x = ends.embed_tokens(inputs.token_ids, spec)
-    delta = jnp.zeros_like(x)
+    added = Output(jnp.zeros_like(x))
     pools = list(pools)
     for index, leaves in enumerate(layer_leaves):
-        x, delta, pools[index] = run_layer(leaves, x, delta, pools[index], jnp.int32(index))
-    return pools, ends.logits(x[logit_indices] + delta[logit_indices], spec)
+        x, added, pools[index] = run_layer(leaves, x, added, pools[index], jnp.int32(index))
+    last = Output(*jax.tree.map(lambda part: part[logit_indices], added))
+    return pools, ends.logits(x[logit_indices] + add_lora(*last), spec)

@@ -174,7 +174,10 @@ class DeviceRunner:
 
     def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
-        buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        buffer = pack_step(
+            batch, bucket, null_row=self._null_row, page_size=page_size,
+            rank_of=self._slot_variants.rank_of,
+        )  # fmt: skip
         logits: StepLogits
         self._state, logits = self._programs["forward", bucket.name, variant](
             self._ends,
