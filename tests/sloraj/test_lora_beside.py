@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
