@@ -29,7 +29,8 @@ from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj.adapters.layout import max_adapter_pages
 from sloraj.build import BLOCK_Q, lora_widths
 from sloraj.config import PoolLayout
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
+from sloraj.model.step import StepSpec
 from sloraj.parallel.mesh import local_kv_heads
 from sloraj.runner import lora_variants
 from sloraj.runner.buckets import make_buckets

@@ -8,25 +8,21 @@ device). Weights keep the checkpoint's `[out, in]` layout: `y = x @ W.T` is `"td
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from checkpoints.model_config import TARGET_MODULES, ModelConfig
+from checkpoints.model_config import TARGET_MODULES
 from pallas_kernels.add_norm import add_lora, add_rms_norm, rms_norm
-from pallas_kernels.dispatch import KernelChoice
 from pallas_kernels.linear import linear
-from pallas_kernels.lora_expand import lora_expand
-from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from pallas_kernels.rope_write import HeadNorms, HeadShape, rope_write
-from pallas_kernels.tiles import LoraTiles, QueryTiles
+from sloraj.model.lora import LoraDelta, Output
 from sloraj.model.rope import rope_frequencies, rotation
+from sloraj.model.step import StepInputs, StepSpec
 from sloraj.parallel.collectives import (
     device_index,
-    gather_rank_rows,
     gather_vocab,
     sum_partial,
 )
@@ -35,36 +31,6 @@ from sloraj.parallel.sharding import ParamRule, layer_rules, top_rules
 
 UNLIMITED = 2**31 - 1  # window of full attention
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(len(TARGET_MODULES))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepSpec:
-    """What is fixed when a program is compiled."""
-
-    config: ModelConfig
-    tp: int
-    page_size: int
-    max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: KernelChoice
-    quantization: str | None = None  # of the layers' linear weights: "int8", "fp8"
-    lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have page 0."""
-
-    token_ids: jax.Array  # [T]
-    positions: jax.Array  # [T]
-    rows: jax.Array  # [T] row-state index
-    pages: jax.Array  # [T] page that the token's key and value go to
-    offsets: jax.Array  # [T] place in that page
-    lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
-    page_table: jax.Array  # [rows, pages_per_row]
-    slot_pages: jax.Array  # [slots, max_adapter_pages]
-    lora_tiles: LoraTiles
-    query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
 
 class _Parameters(nnx.Module):
@@ -87,13 +53,6 @@ class _Parameters(nnx.Module):
     def linear_with_bias(self, name: str, x: jax.Array, spec: StepSpec) -> jax.Array:
         y, bias = self.linear(name, x, spec), self.param(f"{name}_bias")
         return y if bias is None else y + bias[None, :]
-
-
-class Output(NamedTuple):
-    """Of a linear layer, or what a block adds to the residual stream."""
-
-    base: jax.Array  # [T, out]
-    lora: jax.Array | None = None  # f32, what adapters add, where that is kept apart
 
 
 class DecoderLayer(_Parameters):
@@ -141,7 +100,7 @@ class DecoderLayer(_Parameters):
         num_heads = config.num_heads // spec.tp
         num_kv_heads = local_kv_heads(config, spec.tp)
         q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
-        delta = _Delta(pool, layer, inputs, spec)
+        delta = LoraDelta(pool, layer, inputs, spec)
         base = self.linear_with_bias("qkv", h, spec)
         qkv = delta.column(base, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
         norms = HeadNorms(self.q_norm[...], self.k_norm[...]) if config.qk_norm else None
@@ -163,7 +122,9 @@ class DecoderLayer(_Parameters):
         inputs: StepInputs, spec: StepSpec,
     ) -> Output:  # fmt: skip
         """Through the weight `name`, of which each device has some input columns."""
-        partial, lora = _Delta(pool, layer, inputs, spec).row(self.linear(name, x, spec), x, module)
+        partial, lora = LoraDelta(pool, layer, inputs, spec).row(
+            self.linear(name, x, spec), x, module
+        )
         out, bias = sum_partial(partial, spec.tp), self.param(f"{name}_bias")
         return Output(out if bias is None else out + bias[None, :], lora)
 
@@ -171,80 +132,12 @@ class DecoderLayer(_Parameters):
         self, h: jax.Array, pool: jax.Array, layer: jax.Array, inputs: StepInputs, spec: StepSpec
     ) -> Output:
         f = spec.config.intermediate_size // spec.tp
-        delta = _Delta(pool, layer, inputs, spec)
+        delta = LoraDelta(pool, layer, inputs, spec)
         base = self.linear_with_bias("gate_up", h, spec)
         gate_up = add_lora(*delta.column(base, h, (GATE_PROJ, UP_PROJ), (f, f)))
         gate, up = jnp.split(gate_up, 2, axis=1)
         h = jax.nn.silu(gate) * up
         return self._row_parallel("down", h, DOWN_PROJ, pool, layer, inputs, spec)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Delta:
-    """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2).
-
-    In decode steps they are kept apart and added where the output is read anyway: on the device
-    shrink and expand then run beside the base's product, which they would else wait for.
-    """
-
-    pool: jax.Array
-    layer: jax.Array
-    inputs: StepInputs
-    spec: StepSpec
-
-    def column(
-        self, base: jax.Array, x: jax.Array, modules: tuple[int, ...], out_sizes: tuple[int, ...]
-    ) -> Output:
-        """Column-parallel: each device shrinks with its rank rows, then one fused all-gather."""
-        if not set(modules) & set(self.spec.lora_modules):
-            return Output(base)
-        tp = self.spec.tp
-        v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
-        v = gather_rank_rows(v, tp)
-        if self._is_single_rows:
-            return Output(base, self._expand(None, v, modules, out_sizes, jnp.int32(0)))
-        return Output(self._expand(base, v, modules, out_sizes, jnp.int32(0)))
-
-    def row(self, base: jax.Array, x: jax.Array, module: int) -> Output:
-        """Row-parallel: the partial shrink is summed; of several devices each adds its columns to
-        its partial, so that the base's all-reduce finishes both.
-        """
-        if module not in self.spec.lora_modules:
-            return Output(base)
-        tp = self.spec.tp
-        v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
-        columns = self.spec.config.hidden_size // tp
-        if self._is_single_rows and tp == 1:
-            return Output(base, self._expand(None, v, (module,), (columns,), jnp.int32(0)))
-        offset = device_index(tp) * columns
-        return Output(self._expand(base, v, (module,), (columns,), offset))
-
-    @property
-    def _is_single_rows(self) -> bool:
-        return self.inputs.lora_tiles.block_rows == 1
-
-    def _shrink(
-        self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
-    ) -> jax.Array:
-        return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels.lora_shrink,
-        )  # fmt: skip
-
-    def _expand(
-        self,
-        base: jax.Array | None,
-        v: jax.Array,
-        modules: tuple[int, ...],
-        out_sizes: tuple[int, ...],
-        column_offset: jax.Array,
-    ) -> jax.Array:
-        return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels.lora_expand,
-        )  # fmt: skip
 
 
 def _attend(

@@ -12,7 +12,8 @@ import pytest
 from checkpoints.model_config import ModelConfig
 from pallas_kernels.dispatch import KernelChoice
 from sloraj.config import PoolLayout
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
+from sloraj.model.step import StepSpec
 from sloraj.parallel.mesh import make_mesh
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.jobs import make_jobs
