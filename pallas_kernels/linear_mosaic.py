@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.linear_copies_mosaic import Ring, copy_tiles, ring_types, tile_transforms
 from pallas_kernels.mosaic_blocks import Ref, interpret_params, plgpu
 
 MIN_ROWS = 8  # of a tile of x: the narrow side of a wgmma
@@ -102,17 +103,6 @@ class Config:
                     fill = blocks / (waves * NUM_BLOCKS)
                     found.append((fill - 0.02 * split - 0.05 * waves, config))
         return max(found, key=lambda rated: rated[0])[1] if found else None
-
-
-def _transforms(row_size: int, dtype: jnp.dtype) -> tuple[Any, ...]:
-    """How a tile lies in shared memory; rows of odd sizes lie as they are."""
-    swizzle = plgpu.find_swizzle(row_size * dtype.itemsize * 8)
-    if swizzle == 16:
-        return ()
-    return (
-        plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
 
 
 def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -209,47 +199,9 @@ def _add_up(block: _Block, sums: jax.Array, parts: Ref, full: Ref, finish: Any) 
         finish(total)
 
 
-class _Ring(NamedTuple):
-    """Tiles of weight and x on their way through shared memory, `num_stages` of each."""
-
-    weight: Ref
-    x: Ref
-    full: Ref  # barriers: both copies of a step have arrived
-    free: Ref  # barriers: all who multiply have used them, in all blocks that x was copied for
-
-    @property
-    def num_stages(self) -> int:
-        size: int = self.weight.shape[0]
-        return size
-
-
-def _copy(block: _Block, weight_ref: Ref, x_ref: Ref, ring: _Ring, num_steps: int) -> None:
-    """The copying warpgroup."""
-    config = block.config
-    beside = ("beside",) if config.num_beside > 1 else None
-
-    def copy_step(step: jax.Array, _: None) -> None:
-        slot = jax.lax.rem(step, jnp.int32(ring.num_stages))
-
-        @pl.when(step >= ring.num_stages)
-        def wait_until_used() -> None:
-            plgpu.barrier_wait(ring.free.at[slot])
-
-        columns = pl.ds((block.share * num_steps + step) * config.block_in, config.block_in)
-        features, full = pl.ds(block.first, block.size), ring.full.at[slot]
-        plgpu.copy_gmem_to_smem(weight_ref.at[features, columns], ring.weight.at[slot], full)
-        plgpu.copy_gmem_to_smem(
-            x_ref.at[block.rows, columns], ring.x.at[slot], full, collective_axes=beside
-        )
-
-    jax.lax.fori_loop(0, num_steps, copy_step, None)
-    for slot in range(ring.num_stages):  # every phase of a barrier is seen by who waits on it
-        plgpu.barrier_wait(ring.free.at[slot])
-
-
 def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
     *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs[:-4]
-    ring = _Ring(*refs[-4:])
+    ring = Ring(*refs[-4:])
     tile = jax.lax.axis_index("tile") * config.num_beside + jax.lax.axis_index("beside")
     block = _Block(
         config=config, num_rows=block_rows, first=tile * (config.block_out * config.num_groups),
@@ -284,27 +236,10 @@ def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows:
     def copy() -> None:
         if not config.leaves_room:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _copy(block, weight_ref, x_ref, ring, num_steps)
-
-
-def _ring_types(
-    config: Config, block_rows: int, num_steps: int, x: jax.Array, weight: jax.Array
-) -> list[Any]:
-    """Of the fields of `_Ring`."""
-    stages = min(config.num_stages, num_steps)
-    free: Any = functools.partial(plgpu.ClusterBarrier, collective_axes=("beside",))
-    if config.num_beside == 1:
-        free = plgpu.Barrier
-    return [
-        plgpu.SMEM(
-            (stages, rows, config.block_in), array.dtype,
-            transforms=_transforms(config.block_in, array.dtype),
-        )
-        for rows, array in ((config.block_out * config.num_groups, weight), (block_rows, x))
-    ] + [
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        free(num_arrivals=config.num_groups, num_barriers=stages),
-    ]  # fmt: skip
+        copy_tiles(
+            ring, weight_ref, x_ref, block.first, block.share, num_steps,
+            is_shared=config.num_beside > 1,
+        )  # fmt: skip
 
 
 def linear_mosaic(
@@ -350,11 +285,14 @@ def linear_mosaic(
         scratch_types=[
             plgpu.SMEM(
                 (config.num_groups, block_rows, config.block_out), out_dtype,
-                transforms=_transforms(config.block_out, out_dtype),
+                transforms=tile_transforms(config.block_out, out_dtype),
             ),
             plgpu.SMEM((num_parts, config.num_groups, *sums_shape) if split else (8,), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
-            *_ring_types(config, block_rows, num_steps, x, weight),
+            *ring_types(
+                min(config.num_stages, num_steps), block_size, block_rows, config.block_in,
+                (weight.dtype, x.dtype), config.num_groups, is_shared=config.num_beside > 1,
+            ),
         ],
         kernel_name="linear",
         interpret=interpret_params(interpret),
