@@ -47,8 +47,6 @@ class Config:
     row_chunks: int = 32  # and chunks of each that are loaded at once
     tile_ranks: int = 16  # for a tile of several rows: rows of A at once
     tile_chunks: int = 1  # and chunks of each in a step
-    # Programs without work, of ranks that need fewer shares, then start last and hold up none.
-    shares_last: bool = False
 
     @classmethod
     def heuristic(
@@ -60,7 +58,7 @@ class Config:
             row_ranks = 4 if width <= WIDE else 2
             most = -(-num_rows // row_ranks)
             shares = min(16, max(4, 1 << (wanted.bit_length() - 1)), most)
-            return cls(num_shares=shares, num_warps=8, row_ranks=row_ranks, shares_last=True)
+            return cls(num_shares=shares, num_warps=8, row_ranks=row_ranks)
         num_tiles = -(-num_tokens // block_rows) * num_modules
         shares = min(4, 1 << (max(1, NUM_TILE_PROGRAMS // num_tiles).bit_length() - 1))
         ranks = max(MIN_DOT, min(64 // shares, next_power_of_2(num_rows)))
@@ -93,8 +91,7 @@ def _kernel(
     rank_split: int,
     block_rows: int,
 ) -> None:
-    share_axis, place_axis, tile_axis = (2, 0, 1) if config.shares_last else (0, 1, 2)
-    share, place = pl.program_id(share_axis), pl.program_id(place_axis)
+    share, place = pl.program_id(0), pl.program_id(1)
 
     def shrink(tile: jax.Array) -> None:
         # of a tile that is sure to be a row, x is on its way while the segment is
@@ -124,7 +121,7 @@ def _kernel(
                 num_places = max(MIN_DOT, next_power_of_2(block_rows))
                 _shrink_tile(x_ref, adapters, v_ref, block, config, num_places)
 
-    for_each_tile(adapters, shrink, block_rows=block_rows, axis=tile_axis)
+    for_each_tile(adapters, shrink, block_rows=block_rows, axis=2)
 
 
 class _Row(NamedTuple):
@@ -297,15 +294,11 @@ def lora_shrink_triton(
     kernel = functools.partial(
         _kernel, config=config, modules=modules, rank_split=rank_split, block_rows=block_rows
     )
-    num_programs = num_tile_programs(adapters, block_rows)
-    grid = (config.num_shares, len(modules), num_programs)
-    if config.shares_last:
-        grid = (len(modules), num_programs, config.num_shares)
     v: jax.Array = triton_call(
         kernel,
         jax.ShapeDtypeStruct((x.shape[0], len(modules), num_rows), jnp.float32),
         name="lora_shrink",
-        grid=grid,
+        grid=(config.num_shares, len(modules), num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
