@@ -48,6 +48,11 @@ class QueueConfig:
         self._check_weights()
 
     def _check_weights(self) -> None:
+        is_pairs = isinstance(self.tenant_weights, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+            for pair in self.tenant_weights
+        )
+        self._require(is_pairs, "tenant_weights", "pairs of a name and a weight")
         names = [name for name, _ in self.tenant_weights]
         for name, weight in self.tenant_weights:
             self._require(
