@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import itertools
@@ -15,6 +16,7 @@ class _Position:
     account: Account
     items: list[Item]
     place: int = 0
+    is_own: bool = False  # `items` is not the ranking's own list
 
 
 class Walk:
@@ -33,40 +35,43 @@ class Walk:
         self._positions: dict[Account, _Position] = {}
         self._frontier: list[tuple[float, int, int, _Position]] = []
         self._numbers = itertools.count()
-        ranking.start_walk()
+        self._next = ranking.start_walk()  # the first line not yet taken from the ranking
 
     def add(self, account: Account, items: list[Item]) -> None:
         """More sequences of an account, as if they were in the ranking."""
         position = self._positions.get(account)
-        old = self._ranking.items_of(account) if position is None else position.items
-        place = 0 if position is None else position.place
-        self._enter(_Position(account, sorted([*old[place:], *items])))
+        if position is None:
+            position = _Position(account, self._ranking.items_of(account))
+        if not position.is_own:
+            position.items, position.place = position.items[position.place :], 0
+            position.is_own = True
+        for item in items:
+            bisect.insort(position.items, item, lo=position.place)
+        self._enter(position)
 
     def peek(self) -> Item | None:
         """The first that is not taken."""
+        frontier = self._frontier
         while True:
-            self._approach()
-            if not self._frontier:
+            ahead = self._next
+            if ahead is not None and (not frontier or ahead[:2] < frontier[0][:2]):
+                line = ahead[3]  # may be ahead of all taken so far
+                self._next = self._ranking.next_entry()
+                if line.account not in self._positions:
+                    self._enter(_Position(line.account, line.items))
+                continue
+            if not frontier:
                 return None
-            counter, tag, number, position = self._frontier[0]
-            if self._positions[position.account] is not position or not self._advance(position):
-                heapq.heappop(self._frontier)
+            counter, tag, number, position = frontier[0]
+            account = position.account
+            if not self._advance(position):
+                heapq.heappop(frontier)
                 continue
             item = position.items[position.place]
-            now = self._counters.get(position.account, position.account.counter)
+            now = self._counters.get(account, account.counter)
             if now == counter and item[1] == tag:
                 return item
-            heapq.heapreplace(self._frontier, (now, item[1], number, position))
-
-    def _approach(self) -> None:
-        """Take from the ranking the lines that may be ahead of all taken so far."""
-        while (entry := self._ranking.first_entry()) is not None and (
-            not self._frontier or entry < self._frontier[0][:2]
-        ):
-            line = self._ranking.take_first()
-            assert line is not None
-            if line.account not in self._positions:
-                self._enter(_Position(line.account, line.items))
+            heapq.heapreplace(frontier, (now, item[1], number, position))
 
     def _enter(self, position: _Position) -> None:
         self._positions[position.account] = position

@@ -43,6 +43,7 @@ def test_the_tenant_is_what_the_server_was_told_to_look_at(
     assert engine.standings == [standing]
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize(("path", "body"), BOTH)
 @pytest.mark.parametrize("user", ["", "x" * 257, "two\nlines"])
 def test_a_user_that_cannot_be_an_account_is_refused(
@@ -53,6 +54,7 @@ def test_a_user_that_cannot_be_an_account_is_refused(
     assert engine.submitted == []
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize(
     "headers",
     [[("x-sloraj-tenant", "")], [("x-sloraj-tenant", "x" * 257)],

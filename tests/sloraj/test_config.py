@@ -32,6 +32,9 @@ from sloraj.errors import ConfigError
         ("adapter_cost", -0.5),
         ("adapter_load_cost", float("nan")),
         ("cluster_adapters", 0),
+        ("tenant_max_waiting", 0),
+        ("tenant_max_waiting", 5),  # nothing would heed it
+        ("tenant_weights", (("a", 2.0),)),  # nor that
         ("cluster_max_overtakes", 0),
         ("cluster_max_wait_s", 0.0),
         ("cluster_max_lead", -1.0),
