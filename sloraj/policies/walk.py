@@ -7,7 +7,7 @@ import dataclasses
 import heapq
 import itertools
 
-from sloraj.policies.ranking import Account, Item, Ranking
+from sloraj.policies.ranking import Account, Entry, Item, Ranking
 from sloraj.request import Sequence
 
 
@@ -42,48 +42,49 @@ class Walk:
         position = self._positions.get(account)
         if position is None:
             position = _Position(account, self._ranking.items_of(account))
+            self._positions[account] = position
         if not position.is_own:
             position.items, position.place = position.items[position.place :], 0
             position.is_own = True
         for item in items:
             bisect.insort(position.items, item, lo=position.place)
-        self._enter(position)
+        counter = self._counters.get(account, account.counter)
+        head = position.items[position.place]
+        heapq.heappush(self._frontier, (counter, head[1], next(self._numbers), position))
 
     def peek(self) -> Item | None:
         """The first that is not taken."""
-        frontier = self._frontier
+        frontier, taken = self._frontier, self._taken
         while True:
             ahead = self._next
-            if ahead is not None and (not frontier or ahead[:2] < frontier[0][:2]):
-                line = ahead[3]  # may be ahead of all taken so far
+            if ahead is not None and (not frontier or _is_before(ahead, frontier[0])):
                 self._next = self._ranking.next_entry()
-                if line.account not in self._positions:
-                    self._enter(_Position(line.account, line.items))
+                self._pull(ahead)
                 continue
             if not frontier:
                 return None
             counter, tag, number, position = frontier[0]
-            account = position.account
-            if not self._advance(position):
+            items, place = position.items, position.place
+            while place < len(items) and items[place][2] in taken:
+                place += 1
+            position.place = place
+            if place == len(items):
                 heapq.heappop(frontier)
                 continue
-            item = position.items[position.place]
-            now = self._counters.get(account, account.counter)
+            item = items[place]
+            now = self._counters.get(position.account, position.account.counter)
             if now == counter and item[1] == tag:
                 return item
             heapq.heapreplace(frontier, (now, item[1], number, position))
 
-    def _enter(self, position: _Position) -> None:
-        self._positions[position.account] = position
-        if self._advance(position):
-            counter = self._counters.get(position.account, position.account.counter)
-            entry = (counter, position.items[position.place][1], next(self._numbers), position)
-            heapq.heappush(self._frontier, entry)
+    def _pull(self, entry: Entry) -> None:
+        """Take over a line; where it stands is set right when it comes to the top."""
+        counter, tag, _, line = entry
+        if line.account not in self._positions:
+            position = _Position(line.account, line.items)
+            self._positions[line.account] = position
+            heapq.heappush(self._frontier, (counter, tag, next(self._numbers), position))
 
-    def _advance(self, position: _Position) -> bool:
-        """Step over what is taken; False at the end."""
-        items, place = position.items, position.place
-        while place < len(items) and items[place][2] in self._taken:
-            place += 1
-        position.place = place
-        return place < len(items)
+
+def _is_before(entry: Entry, other: tuple[float, int, int, _Position]) -> bool:
+    return entry[0] < other[0] or (entry[0] == other[0] and entry[1] < other[1])
