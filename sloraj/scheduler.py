@@ -13,6 +13,7 @@ been read; one whose last token is in flight makes room at once.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from sloraj.batch import (
     TokenLogprobs,
 )
 from sloraj.config import SchedulerConfig
+from sloraj.errors import InternalError
 from sloraj.holdings import Holdings
 from sloraj.pages import PagePool
 from sloraj.policies.waiting import make_queue
@@ -95,11 +97,13 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. The caller leases its adapter version until it is finished."""
         self._waiting.add(sequence)
+        self._residency.want(sequence.version_id)
 
     def abort(self, sequence: Sequence) -> None:
         """Free all that a sequence owns, at once. Does nothing if it is finished."""
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
+            self._residency.unwant(sequence.version_id)
         elif sequence.state is SequenceState.RUNNING:
             self._end(sequence)
         sequence.state = SequenceState.FINISHED
@@ -219,6 +223,7 @@ class Scheduler:
             plan.installs.append(install)
             plan.num_install_pages += install.packed.num_pages
         self._waiting.admit(sequence, loaded_bytes)
+        self._residency.unwant(sequence.version_id)
         self._running.append(sequence)
         sequence.state = SequenceState.RUNNING
         return True
@@ -287,6 +292,7 @@ class Scheduler:
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         self._waiting.put_back(victim)
+        self._residency.want(victim.version_id)
         self.num_preemptions += 1
 
     def _end(self, sequence: Sequence) -> None:
@@ -299,5 +305,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise InternalError unless rows, pages, pins and the order of admission add up."""
+        wanted = collections.Counter(
+            s.version_id for s in self._waiting if s.version_id is not None
+        )
+        if wanted != self._residency.wanted:
+            raise InternalError(f"wanted: {self._residency.wanted} counted, {wanted} wait")
         self._holdings.check_integrity(self._running)
         self._waiting.check_integrity(self._running)

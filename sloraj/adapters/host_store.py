@@ -18,7 +18,9 @@ class AdapterVersion:
     num_holds: int = 0  # registrations, current or draining
     num_leases: int = 0  # requests
     num_pinned: int = 0  # registrations that asked for `pinned`
-    use_weight: float = 0.0  # uses, each decayed to `last_used_s`
+    num_loads: int = 0  # times that its pages were sent to the device
+    use_weight: float = 0.0  # uses, each decayed to `use_moment`
+    use_moment: float = 0.0  # of the last use, on the clock of the retention policy
     last_used_s: float = 0.0
 
     @property

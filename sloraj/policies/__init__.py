@@ -1,1 +1,1 @@
-"""In which order waiting requests are admitted. Host values only; never imports JAX."""
+"""Whose turn it is, whom to drop, what to send ahead. Host values only; never imports JAX."""
