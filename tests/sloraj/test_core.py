@@ -153,7 +153,7 @@ def test_a_request_beside_its_adapter_may_be_too_much_for_the_pool() -> None:
     driver.run()
     driver.expect(base, [1] * 8, max_tokens=5)
     error = driver.failures[adapted]
-    assert isinstance(error, InvalidRequest) and "7 pages of the adapter" in error.message
+    assert isinstance(error, InvalidRequest) and "7 pages of adapters" in error.message
     driver.expect_clean()
 
 
@@ -337,8 +337,8 @@ def test_the_loop_blocks_while_idle_beats_and_ends_on_shutdown() -> None:
     ("standing", "order", "param"),
     [
         ({"priority": 1}, "fcfs", "priority"),
-        ({"priority": 1001}, "priority", "priority"),
-        ({"priority": -1001}, "vtc", "priority"),
+        ({"priority": 2**31}, "priority", "priority"),
+        ({"priority": -(2**31)}, "vtc", "priority"),
         ({"tenant": ""}, "vtc", "tenant"),
         ({"tenant": "x" * 257}, "vtc", "tenant"),
     ],
