@@ -49,11 +49,16 @@ def make_sequences(
             version_id=None if version is None else version.version_id,
             arrival_s=now_s,
             priority=message.priority,
-            tenant=message.tenant or message.adapter_id or "",
+            tenant=tenant_of(message),
             adapter_bytes=0 if version is None else version.packed.num_bytes,
         )
         for index in range(params.n)
     ]
+
+
+def tenant_of(message: Generate) -> str:
+    """To whose account the request goes."""
+    return message.tenant or message.adapter_id or ""
 
 
 def parse_params(message: Generate) -> SamplingParams:

@@ -24,7 +24,7 @@ from sloraj.adapters.host_store import HostStore
 from sloraj.adapters.loader import AdapterLoader, LoadDone, LoadFunction
 from sloraj.adapters.registry import AdapterRegistry, Registration
 from sloraj.adapters.residency import Residency
-from sloraj.admission import make_sequences
+from sloraj.admission import make_sequences, tenant_of
 from sloraj.batch import Runner, TokenLogprobs
 from sloraj.config import SchedulerConfig
 from sloraj.errors import (
@@ -292,12 +292,22 @@ class EngineCore:
                 f"request_id: got {message.request_id!r}, allowed: one that is not running",
                 param="request_id",
             )
-        if self._scheduler.num_waiting >= self._config.max_num_waiting:
-            turns = self._scheduler.num_waiting / self._config.max_num_seqs
+        self._require_room(
+            self._scheduler.num_waiting, self._config.max_num_waiting, "are", "--max-num-waiting"
+        )
+        tenant_limit = self._config.queue.tenant_max_waiting
+        if tenant_limit is not None:
+            num_waiting = self._scheduler.num_waiting_of(tenant_of(message))
+            self._require_room(
+                num_waiting, tenant_limit, "of this tenant are", "--tenant-max-waiting"
+            )
+
+    def _require_room(self, num_waiting: int, limit: int, are: str, flag: str) -> None:
+        if num_waiting >= limit:
+            turns = num_waiting / self._config.max_num_seqs
             retry_after_s = min(max(turns * self._mean_service_s, MIN_RETRY_S), MAX_RETRY_S)
             raise QueueFull(
-                f"{self._scheduler.num_waiting} requests are waiting, allowed: "
-                f"{self._config.max_num_waiting} (--max-num-waiting)",
+                f"{num_waiting} requests {are} waiting, allowed: {limit} ({flag})",
                 retry_after_s=retry_after_s,
             )
 
