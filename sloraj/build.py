@@ -218,6 +218,10 @@ def build_runner(
         host_adapter_bytes=config.host_adapter_bytes,
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
         install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
+        retention=config.retention,
+        prefetch=config.prefetch,
+        first_token_slo_s=config.first_token_slo_s,
+        early_abort=config.early_abort,
     )
     info = {
         "max_model_len": max_model_len,

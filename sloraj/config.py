@@ -5,6 +5,7 @@ resolved.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from sloraj.errors import ConfigError
 
@@ -35,6 +36,10 @@ class EngineConfig:
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
     host_adapter_bytes: int | None = None  # None: no limit
+    retention: str = "cost"  # which idle adapters stay on the device: "cost", "lru", "paper"
+    prefetch: bool = True  # send adapters of waiting requests ahead
+    first_token_slo_s: float | None = None  # objective: seconds to a request's first token
+    early_abort: str | None = None  # refuse what would miss it: "model", "paper"; None: nothing
     kernels: str | None = None  # "xla", "triton", "mosaic"; None: the best known of each op
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
@@ -56,6 +61,22 @@ class EngineConfig:
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
             raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
+        if self.retention not in ("cost", "lru", "paper"):
+            raise ConfigError(
+                f"retention: got {self.retention!r}, allowed: 'cost', 'lru', 'paper'",
+                param="retention",
+            )
+        slo_s = self.first_token_slo_s
+        if slo_s is not None and not (slo_s > 0 and math.isfinite(slo_s)):
+            raise ConfigError(
+                f"first_token_slo_s: got {slo_s}, allowed: above 0, or none",
+                param="first_token_slo_s",
+            )
+        if self.early_abort not in (None, "model", "paper"):
+            raise ConfigError(
+                f"early_abort: got {self.early_abort!r}, allowed: 'model', 'paper', or none",
+                param="early_abort",
+            )
         if self.kernels not in (None, "xla", "triton", "mosaic"):
             raise ConfigError(
                 f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
@@ -130,3 +151,7 @@ class SchedulerConfig:
     host_adapter_bytes: int | None = None
     token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind
+    retention: str = "cost"
+    prefetch: bool = True
+    first_token_slo_s: float | None = None
+    early_abort: str | None = None

@@ -22,13 +22,15 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Generate(_Message, frozen=True):
     """Start a request. `params` holds the fields of SamplingParams; `params["seed"]` is resolved.
 
-    `adapter_id` None is the base model. Failures come back as RequestFailed, never as an exception.
+    `adapter_id` None is the base model. `first_token_slo_s` None is the engine's
+    objective. Failures come back as RequestFailed, never as an exception.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: dict[str, Any]
     adapter_id: str | None = None
+    first_token_slo_s: float | None = None
 
 
 class Abort(_Message, frozen=True):

@@ -126,6 +126,7 @@ class Sequence:
     tag: int  # owner tag of its pages; unique among sequences and adapter versions, never 0
     version_id: str | None  # adapter version held by lease; None is the base model
     arrival_s: float
+    deadline_s: float = math.inf  # of the request's first token, on the engine's clock
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed_tokens: int = 0
     num_in_flight: int = 0

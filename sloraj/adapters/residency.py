@@ -202,7 +202,10 @@ class Residency:
         """
         if version.version_id in self._residents:
             return None
-        missing = version.num_pages + num_other_pages - self._pool.num_free
+        obtainable = self._pool.num_free + self._idle.num_pages_beside(keep)
+        if version.num_pages + num_other_pages > obtainable:
+            return None
+        missing = version.num_pages - self._pool.num_free
         if missing > 0 or not self._free_slots:
             going = self._idle.going(missing, keep)
             if going is None:
