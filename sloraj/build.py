@@ -39,6 +39,7 @@ from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
+from sloraj.policies.cost import base_bytes
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
@@ -222,6 +223,14 @@ def build_runner(
         prefetch=config.prefetch,
         first_token_slo_s=config.first_token_slo_s,
         early_abort=config.early_abort,
+        queue=config.queue,
+        base_bytes=base_bytes(
+            num_parameters=tp * sum(map(_num_elements, jax.tree.leaves((ends, layers)))),
+            weight_bytes=tp * weight_bytes,
+            token_bytes=tp * plan.page_bytes // config.page_size,
+            itemsize=ITEMSIZE[dtype],
+            max_num_seqs=max_num_seqs,
+        ),
     )
     info = {
         "max_model_len": max_model_len,
@@ -238,6 +247,11 @@ def build_runner(
         "num_programs": runner.num_programs,
     }
     return runner, scheduler_config, layout, info
+
+
+def _num_elements(leaf: jax.Array) -> int:
+    """On one device."""
+    return int(leaf.addressable_shards[0].data.size)
 
 
 def lora_widths(model: ModelConfig, tp: int) -> tuple[int, ...]:

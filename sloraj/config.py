@@ -8,6 +8,8 @@ import dataclasses
 import math
 
 from sloraj.errors import ConfigError
+from sloraj.policies.cost import BaseBytes
+from sloraj.policies.settings import QueueConfig
 
 CHUNK = 128  # elements; every row of A and B in the pool starts on a chunk
 
@@ -35,6 +37,17 @@ class EngineConfig:
     max_rank: int | None = None  # None: the largest rank among the adapters given, at least 64
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
+    queue_order: str = "fcfs"  # who is admitted next: "fcfs", "priority", "vtc" (fair to tenants)
+    priority_ageing_s: float = 10.0  # waiting so long is worth one level of priority
+    tenant_weights: tuple[tuple[str, float], ...] = ()  # vtc: NAME=SHARE; 1 for all others
+    prompt_token_cost: float = 1.0  # vtc
+    output_token_cost: float = 2.0  # vtc
+    adapter_cost: float = 1.0  # vtc: 0: tokens cost the same with any adapter; 1: as its bytes say
+    adapter_load_cost: float = 20_000.0  # vtc: of as many bytes as the base model's, when loaded
+    cluster_adapters: int | None = None  # above so many running ones, prefer those; None: never
+    cluster_max_overtakes: int = 256  # that one request bears from such preference
+    cluster_max_wait_s: float | None = None  # after which nobody is overtaken so; None: no limit
+    cluster_max_lead: float = 4096.0  # vtc: service by which those preferred may be ahead
     host_adapter_bytes: int | None = None  # None: no limit
     retention: str = "cost"  # which idle adapters stay on the device: "cost", "lru", "paper"
     prefetch: bool = True  # send adapters of waiting requests ahead
@@ -72,11 +85,7 @@ class EngineConfig:
                 f"first_token_slo_s: got {slo_s}, allowed: above 0, or none",
                 param="first_token_slo_s",
             )
-        if self.early_abort not in (None, "model", "paper"):
-            raise ConfigError(
-                f"early_abort: got {self.early_abort!r}, allowed: 'model', 'paper', or none",
-                param="early_abort",
-            )
+        self._check_early_abort()
         if self.kernels not in (None, "xla", "triton", "mosaic"):
             raise ConfigError(
                 f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
@@ -91,6 +100,24 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype: got {self.dtype!r}, allowed: float32, bfloat16, float16", param="dtype"
             )
+        _ = self.queue  # refuses
+
+    def _check_early_abort(self) -> None:
+        kind = self.early_abort
+        allowed = "'model', 'paper', or none"
+        if kind is not None and self.first_token_slo_s is None:
+            allowed = "none, unless first_token_slo_s says what a request is to be refused for"
+        elif kind == "paper" and (self.queue_order != "fcfs" or self.cluster_adapters is not None):
+            allowed = "'model' or none with another queue_order than fcfs or with cluster_adapters"
+        elif kind in (None, "model", "paper"):
+            return
+        raise ConfigError(f"early_abort: got {kind!r}, allowed: {allowed}", param="early_abort")
+
+    @property
+    def queue(self) -> QueueConfig:
+        """The settings of the waiting queue, which have the same names."""
+        names = [field.name for field in dataclasses.fields(QueueConfig)]
+        return QueueConfig(**{name: getattr(self, name) for name in names})
 
 
 def resolve(config: EngineConfig, platform: str) -> EngineConfig:
@@ -155,3 +182,5 @@ class SchedulerConfig:
     prefetch: bool = True
     first_token_slo_s: float | None = None
     early_abort: str | None = None
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
+    base_bytes: BaseBytes = dataclasses.field(default_factory=BaseBytes)

@@ -281,6 +281,7 @@ class EngineCore:
             "adapters": residency.stats(),
             "step": self._step_times.stats(),
             **self._requests.stats(),
+            "queue": scheduler.queue_stats(),
             "runner": self._runner.stats(),
         }
 

@@ -22,8 +22,9 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Generate(_Message, frozen=True):
     """Start a request. `params` holds the fields of SamplingParams; `params["seed"]` is resolved.
 
-    `adapter_id` None is the base model. `first_token_slo_s` None is the engine's
-    objective. Failures come back as RequestFailed, never as an exception.
+    `adapter_id` None is the base model. `tenant` None: the adapter's name is the tenant.
+    `first_token_slo_s` None is the engine's objective. Failures come back as RequestFailed, never
+    as an exception.
     """
 
     request_id: str
@@ -31,6 +32,8 @@ class Generate(_Message, frozen=True):
     params: dict[str, Any]
     adapter_id: str | None = None
     first_token_slo_s: float | None = None
+    priority: int = 0
+    tenant: str | None = None
 
 
 class Abort(_Message, frozen=True):

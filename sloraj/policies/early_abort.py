@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sloraj.policies.order import FirstComeFirstServed
 from sloraj.policies.outlook import Outlook
 from sloraj.request import Sequence, SequenceState
 
@@ -106,16 +107,16 @@ def _whole_requests(late: list[TooLate]) -> list[TooLate]:
     return [f for f in late if counts[f.sequence.request_id] >= f.sequence.params.n]
 
 
-class PaperAbort:
+class PaperAbort(FirstComeFirstServed):
     """S-LoRA's: an order of the queue that is newest first while requests come faster than they
     are admitted, else oldest first, and that drops what has nearly waited for its objective.
 
-    Implements `Order` too. Beside the original's estimates nothing is predicted; a scheduling
-    attempt is a step with a free row.
+    Nothing is predicted. A scheduling attempt is a step with a free row.
     """
 
     def __init__(self) -> None:
-        self._sequences: dict[int, Sequence] = {}  # by tag, oldest first
+        super().__init__()
+        self._by_tag: dict[int, Sequence] = {}  # oldest first
         self.rate = 1  # sequences that came since the last admission, smoothed
         self.batch_size = 1  # sequences admitted at a time, smoothed
         self._num_left = 0  # in the queue after the last admission
@@ -130,12 +131,12 @@ class PaperAbort:
             self._num_admitted = 0
         if not has_row:
             return []
-        growth = len(self._sequences) - self._num_left
+        growth = len(self._by_tag) - self._num_left
         self.rate = int((1 - PAPER_KEPT) * growth + PAPER_KEPT * self.rate)
         self._num_newest_first += self.is_newest_first
         late = [
-            TooLate(sequence, max(sequence.deadline_s, now_s), PAPER_HEADROOM_S)
-            for sequence in self._sequences.values()
+            TooLate(sequence, max(sequence.deadline_s, now_s), 0.0)
+            for sequence in self._by_tag.values()
             if now_s + PAPER_HEADROOM_S >= sequence.deadline_s
         ]
         return _whole_requests(late)
@@ -144,37 +145,29 @@ class PaperAbort:
     def is_newest_first(self) -> bool:
         return self.rate >= self.batch_size
 
-    # --- Order ---
-
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._by_tag)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences.values())
+        return iter(self._by_tag.values())
 
     def add(self, sequence: Sequence) -> None:
-        self._sequences[sequence.tag] = sequence
+        self._by_tag[sequence.tag] = sequence
 
     def remove(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.tag]
+        del self._by_tag[sequence.tag]
 
     def first(self) -> Sequence | None:
-        return next(self.in_order(), None)
+        return next(self.in_order(()), None)
 
-    def in_order(self) -> Iterator[Sequence]:
-        values = self._sequences.values()
+    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+        values = self._by_tag.values()
         return iter(reversed(values)) if self.is_newest_first else iter(values)
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
-        del self._sequences[sequence.tag]
+        del self._by_tag[sequence.tag]
         self._num_admitted += 1
-        self._num_left = len(self._sequences)
-
-    def sampled(self, sequence: Sequence) -> None:
-        """Nothing is charged."""
-
-    def finish(self, sequence: Sequence) -> None:
-        """Nothing is remembered."""
+        self._num_left = len(self._by_tag)
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -182,6 +175,3 @@ class PaperAbort:
             "batch_size": self.batch_size,
             "newest_first": self._num_newest_first,
         }
-
-    def check_integrity(self) -> None:
-        """A dict has nothing to disagree with."""

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from sloraj.adapters.host_store import AdapterVersion
 from sloraj.adapters.residency import Residency
 from sloraj.config import SchedulerConfig
-from sloraj.policies import outlook, prefetch
+from sloraj.policies import prefetch
 from sloraj.policies.early_abort import ModelAbort, PaperAbort, TooLate
 from sloraj.policies.order import Order
 from sloraj.policies.outlook import Outlook
 from sloraj.policies.prefetch import Prefetch
+from sloraj.policies.sparingly import Sparingly
 from sloraj.policies.waiting import WaitingQueue
-from sloraj.request import Sequence
+from sloraj.request import Sequence, SequenceState
 from sloraj.step_plan import Plan
 from sloraj.step_time import StepTimes
+
+# That early abort looks at, those whose turn comes first. Walking the other orders is slower.
+MAX_SEQUENCES, MAX_RANKED_SEQUENCES = 512, 128
+MAX_WALK_SHARE = 0.003  # of the time, for walking the queue in order
 
 
 class Foresight:
@@ -31,6 +36,8 @@ class Foresight:
         num_obtainable_pages: Callable[[], int],
     ) -> None:
         self._clock = clock
+        is_plain = config.queue.queue_order == "fcfs" and config.queue.cluster_adapters is None
+        self._max_sequences = MAX_SEQUENCES if is_plain else MAX_RANKED_SEQUENCES
         self._outlook = Outlook(config, clock, step_times, num_obtainable_pages)
         self._abort: ModelAbort | PaperAbort | None = None
         self.order: Order | None = None  # of the queue, where early abort decides that too
@@ -38,6 +45,8 @@ class Foresight:
             self._abort = ModelAbort(self._outlook)
         elif config.early_abort == "paper":
             self._abort = self.order = PaperAbort()
+        self._sparingly = Sparingly(clock, MAX_WALK_SHARE)
+        self._window: list[Sequence] = []  # those whose turn came first when it was last looked
         self._prefetch: Prefetch | None = None
         if config.prefetch:
             self._prefetch = Prefetch(config, residency, version_of, self._outlook)
@@ -56,7 +65,7 @@ class Foresight:
     ) -> list[TooLate]:
         """The waiting sequences to abort before a step."""
         if isinstance(self._abort, ModelAbort):
-            self._outlook.look(waiting.in_order(outlook.MAX_SEQUENCES), running, num_rows)
+            self._outlook.look(waiting.in_order(self._max_sequences), running, num_rows)
         if self._abort is None:
             return []
         return self._abort.too_late(self._clock(), has_row=num_rows > 0)
@@ -67,7 +76,10 @@ class Foresight:
         """Add to a plan the adapters that are worth sending ahead."""
         if self._prefetch is None or not waiting:
             return
-        window = list(waiting.in_order(prefetch.MAX_SEQUENCES))
+        if self._sparingly.begin():  # walking some orders is slow
+            self._window = list(waiting.in_order(prefetch.MAX_SEQUENCES))
+            self._sparingly.end()
+        window = [s for s in self._window if s.state is SequenceState.WAITING]
         if self._prefetch.wants(window):
             if not isinstance(self._abort, ModelAbort):  # else it was looked before the step
                 self._outlook.look(window, running, num_rows)

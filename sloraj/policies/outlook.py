@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from sloraj.config import SchedulerConfig
+from sloraj.policies.sparingly import Sparingly
 from sloraj.request import Sequence
 from sloraj.step_time import StepTimes
 from sloraj.token_budget import WEIGHT_BOUND_TOKENS
 
-MAX_SEQUENCES = 512  # that are looked at, those whose turn comes first
 MAX_PLAYED = 128  # of them, those whose admissions are played through
 MAX_SHARE = 0.005  # of the time that looking may take
 LENGTH_RATE = 0.05  # how fast the mean share of `max_output_tokens` moves
@@ -196,22 +196,20 @@ class Outlook:
         self.pace = Pace(0.0, 0.0, 0.0, 0.0, 1, config.page_size)
         self._config = config
         self._clock = clock
+        self._sparingly = Sparingly(clock, MAX_SHARE)
         self._step_times = step_times
         self._num_obtainable_pages = num_obtainable_pages
-        self._next_s = 0.0  # when it is to be made anew
 
     def look(self, waiting: Iterable[Sequence], running: list[Sequence], num_rows: int) -> None:
         """Foresee anew if it is time. `waiting` is in order; `num_rows` are free."""
-        now_s = self._clock()
-        self.is_fresh = now_s >= self._next_s
+        self.is_fresh = self._sparingly.begin()
         if not self.is_fresh:
             return
-        self.looked_s = now_s
+        now_s = self.looked_s = self._clock()
         self.sequences = list(waiting)
         if self.sequences:
             self._foresee(now_s, running, num_rows)
-        # On a simulated clock looking takes no time, and every step looks.
-        self._next_s = now_s + (self._clock() - now_s) / MAX_SHARE
+        self._sparingly.end()
 
     def _foresee(self, now_s: float, running: list[Sequence], num_rows: int) -> None:
         sequences, page_size = self.sequences, self._config.page_size
