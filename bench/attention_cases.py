@@ -21,6 +21,7 @@ from pallas_kernels.tiles import QueryTiles
 COLD_BYTES = 300e6  # that a rotation reads at least: several times the last-level cache
 MAX_INPUTS = 16
 UNLIMITED = 2**31 - 1
+BLOCK_PAGES = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,25 +85,45 @@ def cold_inputs(batch: Batch) -> int:
     return int(np.clip(np.ceil(COLD_BYTES / batch.kv_bytes), 2, MAX_INPUTS))
 
 
+def random_pool(num_pages: int, page_elems: int) -> jax.Array:
+    """Normal values, bf16 [num_pages, page_elems]; those of a block of pages come again and again,
+    so that tens of gigabytes are made at once and without as many of random bits beside them.
+    """
+    block = jax.random.normal(jax.random.key(0), (min(num_pages, BLOCK_PAGES), page_elems))
+    page = jnp.arange(num_pages, dtype=jnp.int32) % len(block)
+    return jax.jit(lambda block: block.astype(jnp.bfloat16)[page])(block)
+
+
 def make_inputs(
-    batch: Batch, block_q: int, *, num_inputs: int | None = None, num_pages: int = 0
+    batch: Batch,
+    block_q: int,
+    *,
+    num_inputs: int | None = None,
+    num_pages: int = 0,
+    pool: jax.Array | None = None,
 ) -> tuple[list[Any], tuple[Any, ...]]:
     """(inputs to rotate: q and page table; what they share) for `attend`.
 
-    The pool has at least `num_pages`, so that batches can share a compiled program.
+    Pages come from a pool of their own, of at least `num_pages`, so that batches can share a
+    compiled program. From a `pool` that is given they are taken in turns: where it is too small for
+    all inputs, a page comes again in a later one.
     """
     shape, page_size = batch.shape, batch.shape.page_size
     num_inputs = num_inputs or cold_inputs(batch)
     needed = [-(-end // page_size) for end in batch.ends]
-    num_pages = max(num_pages, num_inputs * sum(needed) + 1)
-    pool = jax.random.normal(jax.random.key(0), (num_pages, shape.page_elems), jnp.bfloat16)
-    free = iter(np.random.default_rng(0).permutation(np.arange(1, num_pages)).tolist())
+    if pool is None:
+        pool = random_pool(max(num_pages, num_inputs * sum(needed) + 1), shape.page_elems)
+    elif len(pool) <= sum(needed):
+        raise ValueError(f"pool: got {len(pool)} pages, allowed: above {sum(needed)}, one input's")
+    order = np.random.default_rng(0).permutation(np.arange(1, len(pool), dtype=np.int32))
     width = -(-(batch.max_length or max(batch.ends)) // page_size)
     inputs = []
     for i in range(num_inputs):
+        places = np.arange(i * sum(needed), (i + 1) * sum(needed))
+        pages = np.split(order.take(places, mode="wrap"), np.cumsum(needed)[:-1])
         table = np.zeros((len(needed) + 1, width), np.int32)
-        for row, count in enumerate(needed):
-            table[row, :count] = [next(free) for _ in range(count)]
+        for row, of_row in enumerate(pages):
+            table[row, : len(of_row)] = of_row
         size = (batch.num_tokens, shape.num_heads, shape.head_dim)
         q = jax.random.normal(jax.random.key(i + 1), size, jnp.bfloat16)
         inputs.append((q, jnp.asarray(table)))

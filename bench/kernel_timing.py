@@ -19,9 +19,17 @@ ENQUEUED = 8  # programs under way at once, so that dispatch hides behind the de
 
 
 def compile_calls(
-    call: Callable[..., Any], inputs: Sequence[Any], *, num_calls: int, shared: tuple[Any, ...] = ()
+    call: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    num_calls: int,
+    shared: tuple[Any, ...] = (),
+    name: str = "run",
 ) -> Any:
-    """A compiled program of `num_calls` calls `call(*inputs[i % len(inputs)], *shared)`."""
+    """A compiled program of `num_calls` calls `call(*inputs[i % len(inputs)], *shared)`.
+
+    In a profile it is called `jit_` and the name.
+    """
 
     def run(inputs: list[Any], shared: tuple[Any, ...]) -> list[Any]:
         return [call(*inputs[i % len(inputs)], *shared) for i in range(num_calls)]
@@ -30,6 +38,7 @@ def compile_calls(
     # or XLA computes them once.
     if num_calls > len(inputs):
         raise ValueError(f"num_calls: got {num_calls}, allowed: at most {len(inputs)} inputs")
+    run.__name__ = name
     return jax.jit(run).lower(list(inputs), shared).compile()
 
 

@@ -3,14 +3,19 @@
     python -m bench.kernels_attention --out results/kernels-attention.json
 
 Decoding, prefill with and without a cached prefix, and mixed steps, for Llama-7B (MHA) and
-Llama-3.1-8B (GQA-4) in bfloat16. One call is one layer.
+Llama-3.1-8B (GQA-4) in bfloat16. One call is one layer. A model's batches read one pool, and rows
+have room for 4,096 tokens or for 32,768, so that batches of as many rows share a program; programs
+are compiled a few at a time, and none while another is timed. Times are of kernels, from a profiler
+trace (what a step adds between kernels is in `bench.step`).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import itertools
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.attention_cases import Batch, attend, make_inputs
+from bench.attention_cases import Batch, attend, make_inputs, random_pool
 from bench.floors import Peaks, limit_s, measure_peaks
-from bench.kernel_timing import compile_calls, time_compiled
+from bench.kernel_timing import compile_calls
+from bench.profile_step import module_kernels, seconds_of_runs
 from bench.record import command, commit, record
 from bench.summary import target, worst_target
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
@@ -30,13 +36,18 @@ from sloraj.build import BLOCK_Q
 
 DECODE_SHARE = {"llama-7b": 0.9, "llama-3.1-8b": 0.8}  # of read bandwidth
 PREFILL_SHARE = 0.6  # of the matmul rate
-MAX_KV_BYTES = 40e9
+POOL_BYTES = 36e9  # the largest batch's keys and values
+MAX_LENGTHS = (4096, 32768)  # that rows have room for
 BATCHES = (1, 8, 64, 256)  # 8 rows run in the bucket of 16
 CONTEXTS = (128, 512, 2048, 8192, 32768)
 FIRST = ("decode 64 x 512", "prefill 8192", "decode 64 x 525")  # should time run out
 PROMPTS = (512, 2048, 8192)
 LONG_PREFILL = 8192  # tokens, those cached included
-COMPILERS = 14  # threads
+NUM_INPUTS = {1: 16, 16: 16, 64: 4, 256: 2}  # to rotate, by rows: together more than the caches
+NUM_PREFILL_INPUTS = 4
+GROUP = 12  # programs that are compiled before those that are ready are measured
+COMPILERS = 12  # threads
+REPEATS = 3  # of a program in a profile
 
 
 def decode_batches(model: str) -> list[Batch]:
@@ -46,16 +57,23 @@ def decode_batches(model: str) -> list[Batch]:
             model=model,
             contexts=(context,) * rows,
             num_padding=8 if rows == 8 else 0,
+            max_length=next(length for length in MAX_LENGTHS if context <= length),
         )
         for rows in BATCHES
         for context in CONTEXTS
     ]
-    batches.append(Batch(name="decode 64 x 525", model=model, contexts=(525,) * 64))
-    lengths = np.random.default_rng(0).integers(16, 4096, size=64).tolist()
-    batches.append(Batch(name="decode 64 x 16..4096", model=model, contexts=tuple(lengths)))
-    skewed = (32768, *(512,) * 63)
-    batches.append(Batch(name="decode 63 x 512 and 32768", model=model, contexts=skewed))
-    return [batch for batch in batches if 2 * batch.kv_bytes < MAX_KV_BYTES]
+    short, long = MAX_LENGTHS
+    spread = tuple(np.random.default_rng(0).integers(16, short, size=64).tolist())
+    others: list[tuple[str, tuple[int, ...], int]] = [
+        ("64 x 525", (525,) * 64, short),
+        ("64 x 16..4096", spread, short),
+        ("63 x 512 and 32768", (long, *(512,) * 63), long),
+    ]
+    batches += [
+        Batch(name=f"decode {name}", model=model, contexts=contexts, max_length=max_length)
+        for name, contexts, max_length in others
+    ]
+    return [batch for batch in batches if batch.kv_bytes < POOL_BYTES]
 
 
 def prefill_batches(model: str) -> list[Batch]:
@@ -90,28 +108,72 @@ def chosen_kernels(model: str, implementation: str | None) -> tuple[str, str]:
     return kernels.decode_attention, kernels.ragged_attention
 
 
-def compiled(batch: Batch, implementation: str | None) -> Any:
+def num_inputs(batch: Batch) -> int:
+    return NUM_PREFILL_INPUTS if batch.chunks else NUM_INPUTS[batch.num_tokens]
+
+
+def program_key(batch: Batch) -> tuple[Any, ...]:
+    """Batches with equal keys run the same program."""
+    if batch.chunks:
+        return (batch.model, batch.name)
+    return (batch.model, batch.num_tokens, batch.max_length)
+
+
+def program_name(batch: Batch) -> str:
+    return "attention_" + re.sub(r"\W", "_", "_".join(map(str, program_key(batch))))
+
+
+def compiled(batch: Batch, pool: jax.Array, implementation: str | None) -> Any:
     """The program of a batch, or why there is none."""
     decode, ragged = chosen_kernels(batch.model, implementation)
-    arguments = jax.eval_shape(functools.partial(make_inputs, batch, BLOCK_Q[ragged]))
+    make = functools.partial(make_inputs, batch, BLOCK_Q[ragged], num_inputs=num_inputs(batch))
     call = functools.partial(
         attend,
         shape=batch.shape,
         decode={"implementation": decode},
         ragged={"implementation": ragged},
     )
-    inputs, shared = arguments
     try:
-        return compile_calls(call, inputs, num_calls=len(inputs), shared=shared)
+        inputs, shared = jax.eval_shape(lambda pool: make(pool=pool), pool)
+        return compile_calls(
+            call, inputs, num_calls=len(inputs), shared=shared, name=program_name(batch)
+        )
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return error
 
 
-def measure(batch: Batch, program: Any, implementation: str | None, peaks: Peaks) -> dict[str, Any]:
+def group_seconds(
+    batches: list[Batch],
+    programs: dict[tuple[Any, ...], Any],
+    pool: jax.Array,
+    implementation: str | None,
+) -> list[float]:
+    """Seconds a call of each batch, all in one trace."""
+
+    def run() -> None:
+        for batch in batches:
+            ragged = chosen_kernels(batch.model, implementation)[1]
+            inputs, shared = make_inputs(
+                batch, BLOCK_Q[ragged], num_inputs=num_inputs(batch), pool=pool
+            )
+            for _ in range(1 + REPEATS):
+                jax.block_until_ready(programs[program_key(batch)](inputs, shared))
+
+    kernels = module_kernels(run)
+    counts = collections.Counter(map(program_name, batches))
+    runs = {
+        name: iter(seconds_of_runs(kernels[f"jit_{name}"], count * (1 + REPEATS)))
+        for name, count in counts.items()
+    }
+    seconds = []
+    for batch in batches:
+        _, *timed = itertools.islice(runs[program_name(batch)], 1 + REPEATS)  # the first one warms
+        seconds.append(float(np.median(timed)) / num_inputs(batch))
+    return seconds
+
+
+def judged(batch: Batch, seconds: float, peaks: Peaks) -> dict[str, Any]:
     """One batch's time, floor and whether it meets its target; short prefill has none."""
-    ragged = chosen_kernels(batch.model, implementation)[1]
-    inputs, shared = make_inputs(batch, BLOCK_Q[ragged])
-    seconds = time_compiled(program, inputs, num_calls=len(inputs), shared=shared, repeats=3)
     floor = batch.floor_s(peaks)
     share = PREFILL_SHARE if batch.chunks else DECODE_SHARE[batch.model]
     is_judged = not batch.chunks or (not batch.contexts and max(batch.ends) >= LONG_PREFILL)
@@ -153,34 +215,70 @@ def targets(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    args = _parse()
-    started = time.perf_counter()
+def grouped(batches: list[Batch]) -> list[list[Batch]]:
+    """Batches of a few programs each, the first ones first."""
+    by_program: dict[tuple[Any, ...], list[Batch]] = {}
+    for batch in batches:
+        by_program.setdefault(program_key(batch), []).append(batch)
+    shared = list(by_program.values())
+    groups = [shared[i : i + GROUP] for i in range(0, len(shared), GROUP)]
+    return [[batch for of_program in group for batch in of_program] for group in groups]
+
+
+def run_model(
+    model: str, args: argparse.Namespace, peaks: Peaks, stop_s: float
+) -> list[dict[str, Any]]:
+    """Measure a model's batches; those not begun by `stop_s` are left out, and said to be."""
     batches = [
         batch
-        for model in args.models
         for batch in decode_batches(model) + prefill_batches(model)
         if not args.only or any(part in batch.name for part in args.only)
     ]
     batches.sort(key=lambda batch: batch.name not in FIRST)
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        programs = list(pool.map(lambda batch: compiled(batch, args.implementation), batches))
-    peaks = measure_peaks()
+    page_elems = MODELS[model].page_elems
+    pool = random_pool(int(POOL_BYTES / page_elems / 2) + 2, page_elems)
     cases: list[dict[str, Any]] = []
-    for batch, program in zip(batches, programs, strict=True):
-        if isinstance(program, Exception):
-            print(f"{batch.model:14} {batch.name:32} {str(program).splitlines()[0]}", flush=True)
-            continue
-        if time.perf_counter() - started > args.seconds:
-            print(f"{batch.model:14} {batch.name:32} left out for lack of time", flush=True)
-            continue
-        case = measure(batch, program, args.implementation, peaks)
-        cases.append(case)
-        print(
-            f"{batch.model:14} {batch.name:32} {case['us']:9.1f} us  floor {case['floor_us']:8.1f}"
-            f"  {case['share']:6.1%}  met {case['met']}",
-            flush=True,
-        )
+    for group in grouped(batches):
+        programs: dict[tuple[Any, ...], Any] = {}
+        firsts = {program_key(batch): batch for batch in reversed(group)}
+        if time.perf_counter() < stop_s:
+            with ThreadPoolExecutor(COMPILERS) as threads:
+                found = threads.map(
+                    lambda b: compiled(b, pool, args.implementation), firsts.values()
+                )
+                programs = dict(zip(firsts, found, strict=True))
+        ready = []
+        for batch in group:
+            program = programs.get(program_key(batch))
+            if program is None or isinstance(program, Exception):
+                why = str(program).splitlines()[0] if program else "left out for lack of time"
+                print(f"{model:14} {batch.name:32} {why}", flush=True)
+            else:
+                ready.append(batch)
+        if ready:
+            seconds = group_seconds(ready, programs, pool, args.implementation)
+            for batch, of_batch in zip(ready, seconds, strict=True):
+                cases.append(judged(batch, of_batch, peaks))
+                print(line(cases[-1]), flush=True)
+    pool.delete()
+    return cases
+
+
+def line(case: dict[str, Any]) -> str:
+    return (
+        f"{case['model']:14} {case['batch']:32} {case['us']:9.1f} us  floor {case['floor_us']:8.1f}"
+        f"  {case['share']:6.1%}  met {case['met']}"
+    )
+
+
+def main() -> None:
+    args = _parse()
+    started = time.perf_counter()
+    peaks = measure_peaks()
+    cases = []
+    for i, model in enumerate(args.models, start=1):
+        stop_s = started + args.seconds * i / len(args.models)
+        cases += run_model(model, args, peaks, stop_s)
     record(
         {
             "bench": "kernels_attention",
@@ -205,7 +303,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--implementation", help="of both kernels; default: the engine's choice")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no repository to ask")
-    parser.add_argument("--seconds", type=float, default=25, help="after these no batch is begun")
+    parser.add_argument("--seconds", type=float, default=120, help="after these no batch is begun")
     return parser.parse_args()
 
 

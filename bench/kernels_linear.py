@@ -3,7 +3,8 @@
     python -m bench.kernels_linear --out bench/results/nvidia-h200/kernels-linear.json
 
 Each base product of a geometry in bfloat16, int8 and fp8, by the kernel that the device's table
-gives, with XLA's matmul of bfloat16 weights beside it. Targets: at least 92% of the read bandwidth,
+gives, with XLA's matmul of bfloat16 weights beside it; times are of kernels, from a profiler trace
+(what a step adds between kernels is in `bench.step`). Targets: at least 92% of the read bandwidth,
 or 4 us above a floor of less than 20 us.
 """
 
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from bench.floors import limit_s, measure_peaks
+from bench.linear_cases import DTYPES, SHAPES, Case, compile_all, describe, time_all
 from bench.record import command, commit, record
 from bench.summary import worst_target
-from bench.tune_linear import DTYPES, SHAPES, Case, compile_all, describe, ints, time_all
+from bench.tune_linear import ints
 from pallas_kernels.linear import chosen_config
 
 SHARE = 0.92  # of the read bandwidth

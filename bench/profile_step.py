@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,36 @@ def profile(run: Callable[[], Any], num_steps: int) -> dict[str, Any]:
             for name in dearest
         },
     }
+
+
+def module_seconds(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of kernels in each program (`jit_` and the function's name) during `run()`.
+
+    A kernel's own time, as `profile` counts it: whatever outputs a program has, and however long
+    the host takes to start it.
+    """
+    return {name: sum(kernels) for name, kernels in module_kernels(run).items()}
+
+
+def module_kernels(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each program's kernels during `run()`, in their order."""
+    events: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for _, event in stream_events(run):
+        module = next((value for name, value in event.stats if name == "hlo_module"), None)
+        if module is not None:
+            events[str(module)].append((event.start_ns, event.duration_ns / 1e9))
+    return {name: [seconds for _, seconds in sorted(found)] for name, found in events.items()}
+
+
+def seconds_of_runs(kernels: Sequence[float], num_runs: int) -> list[float]:
+    """Seconds of each of a program's runs, which are alike in their kernels.
+
+    Raises ValueError if the kernels are not those of so many equal runs.
+    """
+    size, rest = divmod(len(kernels), num_runs)
+    if rest or not size:
+        raise ValueError(f"{len(kernels)} kernels, allowed: a multiple of {num_runs} runs")
+    return [sum(kernels[i * size : (i + 1) * size]) for i in range(num_runs)]
 
 
 def stream_events(run: Callable[[], Any]) -> Iterator[tuple[str, Any]]:

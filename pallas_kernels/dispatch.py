@@ -13,11 +13,11 @@ import jax
 
 from pallas_kernels.adapter_layout import CHUNK
 
-Implementation = Literal["xla", "triton", "mosaic"]
+Implementation = Literal["xla", "triton", "mosaic", "bmm"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 log = logging.getLogger("pallas_kernels")
 
-_ALLOWED = {"cpu": ("xla",), "gpu": IMPLEMENTATIONS, "cuda": IMPLEMENTATIONS}
+_ALLOWED = {"cpu": ("xla", "bmm"), "gpu": IMPLEMENTATIONS, "cuda": IMPLEMENTATIONS}
 _HAS_MOSAIC = jax.__version_info__ >= (0, 11)  # what the kernels are written for
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # words of a device kind: wgmma is theirs alone
 # Ops that have a Mosaic GPU kernel, and those of them where it is the fastest known on Hopper.
@@ -66,7 +66,8 @@ def resolve_kernels(
 ) -> KernelChoice:
     """The choice for a device: `requested` for all ops that have it, or the best known of each.
 
-    Asked for "mosaic", ops without a Mosaic kernel run as Triton. Where nothing is asked for and
+    Asked for "mosaic", ops without a Mosaic kernel run as Triton; asked for "bmm", all but those of
+    LoRA run as if nothing had been asked for. Where nothing is asked for and
     a Mosaic kernel would be best but cannot serve the shape, Triton serves, and the log says why.
 
     Args:   platform, device_kind: as of a `jax.Device`.
@@ -81,6 +82,9 @@ def resolve_kernels(
             f"implementation {requested!r} does not run on platform {platform!r}, "
             f"which has {list(_ALLOWED[platform])}"
         )
+    if requested == "bmm":
+        others = resolve_kernels(None, platform=platform, device_kind=device_kind, shape=shape)
+        return dataclasses.replace(others, lora_shrink="bmm", lora_expand="bmm")
     if requested == "xla" or platform == "cpu":
         return KernelChoice.uniform("xla")
     if requested == "triton":

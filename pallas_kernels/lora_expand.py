@@ -9,6 +9,7 @@ from pallas_kernels import lora_expand_mosaic as mosaic
 from pallas_kernels import lora_expand_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.lora_bmm import lora_expand_bmm
 from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import adapter_arrays
 
@@ -93,6 +94,18 @@ def lora_expand(
         raise ValueError(f"v has shape {v.shape}, not [{num_tokens}, {len(modules)}, R]")
     if implementation == "xla":
         return lora_expand_reference(
+            base,
+            v,
+            pool,
+            slot_pages,
+            layer,
+            tiles,
+            column_offset,
+            modules=modules,
+            out_sizes=out_sizes,
+        )
+    if implementation == "bmm":
+        return lora_expand_bmm(
             base,
             v,
             pool,

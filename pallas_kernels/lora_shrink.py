@@ -9,6 +9,7 @@ from pallas_kernels import lora_shrink_mosaic as mosaic
 from pallas_kernels import lora_shrink_triton as triton
 from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
 from pallas_kernels.dispatch import unknown_implementation
+from pallas_kernels.lora_bmm import lora_shrink_bmm
 from pallas_kernels.tiles import LoraTiles
 from pallas_kernels.triton_blocks import adapter_arrays
 
@@ -83,6 +84,17 @@ def lora_shrink(
         raise ValueError(f"x has shape {x.shape}, but tiles order {tiles.row_order.shape[0]} rows")
     if implementation == "xla":
         return lora_shrink_reference(
+            x,
+            pool,
+            slot_pages,
+            layer,
+            tiles,
+            modules=modules,
+            num_rows=num_rows,
+            rank_split=rank_split,
+        )
+    if implementation == "bmm":
+        return lora_shrink_bmm(
             x,
             pool,
             slot_pages,

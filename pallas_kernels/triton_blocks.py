@@ -193,15 +193,15 @@ def read_rows(
 def num_tile_programs(tiles: AdapterArrays | LoraTiles, block_rows: int) -> int:
     """Programs along the axis of tiles: each takes every n-th tile.
 
-    Tiles are rarely as many as there may be, and even a program without one takes its time.
+    Tiles are rarely as many as there may be, and even a program without one takes its time. Tiles
+    of one row have a program each, no more than there are rows: one beyond would read a row's
+    index from behind `row_order`.
     """
     capacity: int = tiles.slots.shape[0]
     num_tokens: int = tiles.row_order.shape[0]
-    return (
-        capacity
-        if block_rows == 1
-        else min(capacity, max(MIN_TILE_PROGRAMS, 2 * -(-num_tokens // block_rows)))
-    )
+    if block_rows == 1:
+        return min(capacity, num_tokens)
+    return min(capacity, max(MIN_TILE_PROGRAMS, 2 * -(-num_tokens // block_rows)))
 
 
 def for_each_tile(
@@ -217,7 +217,7 @@ def for_each_tile(
     load of `num_tiles` delays the others.
     """
     tile, stride = pl.program_id(axis), num_tile_programs(adapters, block_rows)
-    if stride == adapters.slots.shape[0]:
+    if block_rows == 1 or stride == adapters.slots.shape[0]:
         body(tile)
         return
 

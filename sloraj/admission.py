@@ -137,6 +137,8 @@ def _max_output_tokens(
         )
     limit = config.max_model_len - num_prompt
     num_adapter_pages = 0 if version is None else version.num_pages
+    if config.num_adapter_pages is not None:
+        num_adapter_pages = config.num_adapter_pages
     num_pages = config.num_pages - 1 - num_adapter_pages  # 1: the null page
     if params.max_tokens is None:
         # The last token sampled is never computed, so it needs no place in a page.
@@ -147,7 +149,7 @@ def _max_output_tokens(
     if needed > num_pages:
         raise InvalidRequest(
             f"max_tokens: {num_prompt} prompt + {max(limit, 1)} output tokens take {needed} pages "
-            f"beside {num_adapter_pages} pages of the adapter, allowed: at most "
+            f"beside {num_adapter_pages} pages of adapters, allowed: at most "
             f"{config.num_pages - 1} pages together; ask for less, or raise --pool-bytes",
             param="max_tokens",
         )

@@ -27,14 +27,17 @@ from checkpoints.peft_adapter import read_adapter
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
 from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
-from sloraj.adapters.loader import LoadFunction
-from sloraj.adapters.sources import DEFAULT_MAX_RANK, find_adapters, largest_rank
+from sloraj.adapters.load_processes import LoaderProcesses
+from sloraj.adapters.load_worker import LoadSpec
+from sloraj.adapters.loader import NUM_THREADS, LoadFunction, loader_threads, short_turns
+from sloraj.adapters.sources import DEFAULT_MAX_RANK, MAX_RANK, find_adapters, largest_rank
 from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
 from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.merge import check_mergeable, merge_adapter
 from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
@@ -75,16 +78,27 @@ def build_core(
     mesh = make_mesh(config.tensor_parallel_size)
     config = resolve(config, jax.default_backend())
     adapters = find_adapters(config)
+    if config.merged_adapter is not None:
+        check_mergeable(mesh.size, config.quantization)
     ends, layers = _load(config, model_config, mesh, on_progress)
+    if config.merged_adapter is not None:
+        weights = read_adapter(config.merged_adapter, model_config, max_rank=MAX_RANK)
+        layers = merge_adapter(layers, weights, model_config)
     loaded_s = time.monotonic() - started
     runner, scheduler_config, layout, info = build_runner(
         dataclasses.replace(config, max_rank=config.max_rank or largest_rank(adapters)),
         model_config, mesh, ends, layers, on_progress,
     )  # fmt: skip
-    load = (make_loader or adapter_loader)(
-        model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate
+    of_model = (model_config, layout, scheduler_config.max_rank, runner.host_arena.allocate)
+    num_processes = config.loader_processes or 0
+    load = make_loader(*of_model) if make_loader else adapter_loader(*of_model, num_processes)
+    core = EngineCore(
+        scheduler_config,
+        runner,
+        load,
+        loader_executor=loader_threads(num_processes or NUM_THREADS),
+        close_load=load.close if isinstance(load, LoaderProcesses) else None,
     )
-    core = EngineCore(scheduler_config, runner, load)
     core.preload(adapters, lambda done: on_progress("adapters", done, len(adapters)))
     info |= {
         "model_id": config.served_model_name or Path(config.model).resolve().name,
@@ -148,6 +162,7 @@ def build_runner(
         )
     except ValueError as error:
         raise ConfigError(f"kernels: {error}", param="kernels") from error
+    max_rank = div_ceil(config.max_rank or DEFAULT_MAX_RANK, tp) * tp
     layout = PoolLayout(
         num_layers=model_config.num_layers,
         num_kv_heads=local_kv_heads(model_config, tp),
@@ -155,8 +170,8 @@ def build_runner(
         page_size=config.page_size,
         tp=tp,
         dtype=dtype,
+        padded_rank=max_rank if config.pad_ranks else None,
     )
-    max_rank = div_ceil(config.max_rank or DEFAULT_MAX_RANK, tp) * tp
     context = min(config.max_model_len or max_context(model_config), max_context(model_config))
     # A length that nobody asked for gives way to the memory there is; one asked for does not. On
     # CPU the pool is made large enough instead.
@@ -170,7 +185,15 @@ def build_runner(
     num_tokens = config.page_size if is_bounded else context
     min_pages = 1 + div_ceil(num_tokens, config.page_size) + adapter_pages
     plan = _plan(config, model_config, layout, device, weight_bytes, min_pages, adapter_pages)
-    max_model_len = min(context, (plan.num_pages - 1 - adapter_pages) * config.page_size)
+    reserved_pages = _reserved_pages(config, plan, adapter_pages)
+    kv_pages = plan.num_pages - 1 - (reserved_pages or adapter_pages)
+    max_model_len = min(context, kv_pages * config.page_size)
+    if max_model_len < num_tokens:
+        raise ConfigError(
+            f"adapter_pool_bytes: got {config.adapter_pool_bytes}, which leaves {max_model_len} "
+            f"tokens of KV cache, allowed: one that leaves {num_tokens}",
+            param="adapter_pool_bytes",
+        )
     log.info("%s", plan)
     block_q = BLOCK_Q[kernels.ragged_attention]
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, config.page_size, block_q)
@@ -218,6 +241,7 @@ def build_runner(
         eos_token_ids=model_config.eos_token_ids,
         host_adapter_bytes=config.host_adapter_bytes,
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
+        num_adapter_pages=reserved_pages,
         install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
         retention=config.retention,
         prefetch=config.prefetch,
@@ -289,6 +313,21 @@ def _plan(
     )
 
 
+def _reserved_pages(config: EngineConfig, plan: MemoryPlan, adapter_pages: int) -> int | None:
+    """Pages of `adapter_pool_bytes`; None where there is no split. One adapter must fit."""
+    if config.adapter_pool_bytes is None:
+        return None
+    reserved = config.adapter_pool_bytes // plan.page_bytes
+    if reserved < adapter_pages:
+        raise ConfigError(
+            f"adapter_pool_bytes: got {config.adapter_pool_bytes} bytes ({reserved} pages of "
+            f"{plan.page_bytes} bytes), allowed: at least {adapter_pages * plan.page_bytes}, which "
+            f"holds one adapter of max_rank",
+            param="adapter_pool_bytes",
+        )
+    return reserved
+
+
 def _workspace_bytes(
     config: EngineConfig, model: ModelConfig, layout: PoolLayout, adapter_pages: int
 ) -> int:
@@ -310,13 +349,23 @@ def _workspace_bytes(
 
 
 def adapter_loader(
-    model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate = np.empty
+    model: ModelConfig,
+    layout: PoolLayout,
+    max_rank: int,
+    allocate: Allocate = np.empty,
+    num_processes: int = 0,
 ) -> LoadFunction:
-    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes."""
+    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes: in
+    `num_processes` processes, or in the caller's thread.
+    """
+    if num_processes:
+        spec = LoadSpec(model=model, layout=layout, max_rank=max_rank)
+        return LoaderProcesses(spec, allocate, num_processes)
 
     def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-        weights = read_adapter(path, model, max_rank=max_rank)
-        packed = pack_adapter(weights, layout, model, allocate)
+        with short_turns:
+            weights = read_adapter(path, model, max_rank=max_rank)
+            packed = pack_adapter(weights, layout, model, allocate)
         return packed, {"rank": weights.max_rank, "path": path}
 
     return load

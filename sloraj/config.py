@@ -49,11 +49,17 @@ class EngineConfig:
     cluster_max_wait_s: float | None = None  # after which nobody is overtaken so; None: no limit
     cluster_max_lead: float = 4096.0  # vtc: service by which those preferred may be ahead
     host_adapter_bytes: int | None = None  # None: no limit
+    loader_processes: int | None = None  # that read adapters; None: 4 on a GPU, 0 (threads) on CPU
     retention: str = "cost"  # which idle adapters stay on the device: "cost", "lru", "paper"
     prefetch: bool = True  # send adapters of waiting requests ahead
     first_token_slo_s: float | None = None  # objective: seconds to a request's first token
     early_abort: str | None = None  # refuse what would miss it: "model", "paper"; None: nothing
-    kernels: str | None = None  # "xla", "triton", "mosaic"; None: the best known of each op
+    kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
+    adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
+    merged_adapter: str | None = (
+        None  # a directory; added into the base's weights as they are loaded
+    )
+    pad_ranks: bool = False  # store and compute every adapter at max_rank; to see what that costs
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
     random_weights: bool = False  # benchmarks: only config.json is read
@@ -86,9 +92,22 @@ class EngineConfig:
                 param="first_token_slo_s",
             )
         self._check_early_abort()
-        if self.kernels not in (None, "xla", "triton", "mosaic"):
+        if self.loader_processes is not None and not 0 <= self.loader_processes <= 64:
             raise ConfigError(
-                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic'",
+                f"loader_processes: got {self.loader_processes}, allowed: 0 to 64",
+                param="loader_processes",
+            )
+        if self.adapter_pool_bytes is not None and not (
+            1 <= self.adapter_pool_bytes < (self.pool_bytes or self.adapter_pool_bytes + 1)
+        ):
+            raise ConfigError(
+                f"adapter_pool_bytes: got {self.adapter_pool_bytes}, allowed: 1 and up, and less "
+                f"than pool_bytes ({self.pool_bytes})",
+                param="adapter_pool_bytes",
+            )
+        if self.kernels not in (None, "xla", "triton", "mosaic", "bmm"):
+            raise ConfigError(
+                f"kernels: got {self.kernels!r}, allowed: 'xla', 'triton', 'mosaic', 'bmm'",
                 param="kernels",
             )
         if self.quantization not in (None, "int8", "fp8"):
@@ -130,6 +149,9 @@ def resolve(config: EngineConfig, platform: str) -> EngineConfig:
         dtype=config.dtype or ("float32" if is_cpu else "bfloat16"),
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
+        loader_processes=(0 if is_cpu else 4)
+        if config.loader_processes is None
+        else config.loader_processes,
     )
 
 
@@ -143,6 +165,7 @@ class PoolLayout:
     page_size: int  # tokens
     tp: int
     dtype: str
+    padded_rank: int | None = None  # every A and B gets so many rows; None: its own rank
 
     @property
     def page_elems(self) -> int:
@@ -177,6 +200,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...]
     host_adapter_bytes: int | None = None
     token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
+    num_adapter_pages: int | None = None  # that adapters alone may own; None: all are shared
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind
     retention: str = "cost"
     prefetch: bool = True

@@ -53,7 +53,9 @@ _log = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Drives a runner. `load_adapter(path)` reads and packs an adapter, in worker threads."""
+    """Drives a runner. `load_adapter(path)` reads and packs an adapter, in worker threads;
+    `close_load()` ends what it needs for that.
+    """
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class EngineCore:
         *,
         clock: Callable[[], float] = time.monotonic,
         loader_executor: Executor | None = None,
+        close_load: Callable[[], None] | None = None,
     ) -> None:
         self._config = config
         self._runner = runner
@@ -70,8 +73,13 @@ class EngineCore:
         self._next_tag = itertools.count(1).__next__  # for sequences and versions alike
         self._pool = PagePool(config.num_pages)
         self._host_store = HostStore(config.host_adapter_bytes, self._next_tag)
-        retention = RETENTION_POLICIES[config.retention]()
-        self._residency = Residency(self._pool, config.max_adapter_slots, clock, retention)
+        self._residency = Residency(
+            self._pool,
+            config.max_adapter_slots,
+            clock,
+            RETENTION_POLICIES[config.retention](),
+            num_reserved_pages=config.num_adapter_pages,
+        )
         self._registry = AdapterRegistry(
             self._host_store,
             self._residency,
@@ -87,7 +95,7 @@ class EngineCore:
         self._adapter_calls = AdapterCalls(
             self._registry,
             self._residency,
-            AdapterLoader(load_adapter, self._put, loader_executor),
+            AdapterLoader(load_adapter, self._put, loader_executor, close_load),
             self._post,
         )
         self._requests = LiveRequests(

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from sloraj import wire
+from sloraj.child_process import child_environment
 from sloraj.config import EngineConfig
 from sloraj.errors import EngineUnavailable, SlorajError, from_wire
 from sloraj.messages import Dead, FromEngine, Progress, Ready, Shutdown, ToEngine
@@ -202,7 +203,7 @@ def _spawn(fd: int, output: int) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[fd],
-            env=_child_environment(),
+            env=child_environment(),
         )  # fmt: skip
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -224,11 +225,6 @@ def _has_exited(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 def _startup_error(dead: Dead) -> SlorajError:
     return from_wire(dead.error) if dead.error is not None else EngineUnavailable(dead.reason)
-
-
-def _child_environment() -> dict[str, str]:
-    """The child imports what the parent can, whatever was done to the parent's path."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
 
 
 class _StderrPump:

@@ -68,10 +68,7 @@ class Scheduler:
         self._config = config
         self._residency = residency
         self._holdings = Holdings(config, pool, residency, host_store)
-        self._foresight = Foresight(
-            config, clock, step_times, residency, self._holdings.version_of,
-            lambda: pool.num_free + residency.num_idle_pages,
-        )  # fmt: skip
+        self._foresight = Foresight(config, clock, step_times, residency, self._holdings.version_of)
         if self._foresight.order is None:
             self._waiting = make_queue(config.queue, config.base_bytes, clock, self._loaded_bytes)
         else:

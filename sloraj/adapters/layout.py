@@ -99,7 +99,7 @@ def num_adapter_pages(
     splits = {module: _split(module, layout, config) for module in TARGET_MODULES}
     chunks: dict[int, int] = {}
     for (layer, module), rank in ranks.items():
-        split = splits[module]
+        rank, split = layout.padded_rank or rank, splits[module]
         needed = split.num_a_chunks(rank, layout.tp) + split.num_b_chunks(rank)
         chunks[layer] = chunks.get(layer, 0) + needed
     return _num_pages(chunks, layout)
@@ -120,7 +120,8 @@ def pack_adapter(
 
     `scaling` is multiplied into B in float32 before the one cast to the pool dtype; B is stored
     rank-major. Modules and layers that the adapter lacks have segments of kind 0. `allocate(shape,
-    dtype)` makes the array of pages, which is written once.
+    dtype)` makes the array of pages, which is written once. Of a layout with `padded_rank`, every A
+    and B has zero rows up to it.
 
     Raises AdapterLoadError if values overflow that dtype.
     """
@@ -137,10 +138,10 @@ def pack_adapter(
             module = weights.modules.get((layer, name))
             if module is None:
                 continue
-            split = _split(name, layout, config)
-            a_chunk, b_chunk = next_chunk, next_chunk + split.num_a_chunks(module.rank, tp)
-            next_chunk = b_chunk + split.num_b_chunks(module.rank)
-            segments[layer, index] = (KIND_LORA, a_chunk, b_chunk, module.rank)
+            split, rank = _split(name, layout, config), layout.padded_rank or module.rank
+            a_chunk, b_chunk = next_chunk, next_chunk + split.num_a_chunks(rank, tp)
+            next_chunk = b_chunk + split.num_b_chunks(rank)
+            segments[layer, index] = (KIND_LORA, a_chunk, b_chunk, rank)
             b_rows = _scaled_rows(module)
             with np.errstate(over="ignore"):  # seen below
                 for device in range(tp):

@@ -1,4 +1,7 @@
-"""Adapter files to packed pages, in a few worker threads: no file is read on the step thread."""
+"""Adapter files to packed pages, in a few worker threads: no file is read on the step thread.
+
+On a GPU the threads only wait for processes that do the work (`load_processes.py`).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,11 @@ class ShortTurns:
                 sys.setswitchinterval(self._outside_s + 5e-7)  # it cuts to whole microseconds
 
 
-_short_turns = ShortTurns()  # one for the process, as the setting is
+short_turns = ShortTurns()  # one for the process, as the setting is
+
+
+def loader_threads(num_threads: int) -> Executor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-loader")
 
 
 class AdapterLoader:
@@ -66,24 +73,22 @@ class AdapterLoader:
         load: LoadFunction,
         on_done: Callable[[LoadDone], None],
         executor: Executor | None = None,
+        close_load: Callable[[], None] | None = None,
     ) -> None:
         self._load = load
         self._on_done = on_done
-        self._executor = executor or ThreadPoolExecutor(
-            NUM_THREADS, thread_name_prefix="adapter-loader"
-        )
+        self._close_load = close_load
+        self._executor = executor or loader_threads(NUM_THREADS)
 
     def start(self, message: LoadAdapter) -> None:
-        future = self._executor.submit(self._run, message.path)
+        future = self._executor.submit(self._load, message.path)
         future.add_done_callback(lambda done: self._report(message, done))
-
-    def _run(self, path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-        with _short_turns:
-            return self._load(path)
 
     def close(self) -> None:
         """Start no further load. One under way runs to its end, unheard."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._close_load is not None:
+            self._close_load()
 
     def _report(
         self, message: LoadAdapter, future: Future[tuple[PackedAdapter, dict[str, Any]]]

@@ -61,8 +61,13 @@ class Residency:
         num_slots: int,
         clock: Callable[[], float],
         policy: RetentionPolicy | None = None,
+        num_reserved_pages: int | None = None,
     ) -> None:
+        """num_reserved_pages: of the pool, for versions alone, and no other page for them: a fixed
+        split, as engines have it whose adapters and KV do not share memory. None: they share.
+        """
         self._pool = pool
+        self._num_reserved = num_reserved_pages
         self._clock = clock
         self._policy = ExpectedReloadCost() if policy is None else policy
         self._num_slots = num_slots
@@ -137,13 +142,17 @@ class Residency:
 
     def fits(self, version: AdapterVersion | None, num_other_pages: int) -> bool:
         """Whether the version can be acquired, and `num_other_pages` allocated beside it, now."""
+        resident = None if version is None else self._residents.get(version.version_id)
+        is_missing = version is not None and resident is None
+        if is_missing and not (self._free_slots or self._idle):
+            return False
+        num_pages = version.num_pages if version is not None and is_missing else 0
+        if self._num_reserved is not None:
+            has_room = num_pages <= self._num_free_for_versions + self.num_idle_pages
+            return has_room and num_other_pages <= self._num_free_for_others
         obtainable = self._pool.num_free + self.num_idle_pages
-        if version is None:
-            return num_other_pages <= obtainable
-        resident = self._residents.get(version.version_id)
         if resident is None:
-            has_slot = bool(self._free_slots or self._idle)
-            return has_slot and version.num_pages + num_other_pages <= obtainable
+            return num_pages + num_other_pages <= obtainable
         own_idle = len(resident.pages) if resident.num_pins == 0 else 0
         return num_other_pages <= obtainable - own_idle
 
@@ -202,10 +211,11 @@ class Residency:
         """
         if version.version_id in self._residents:
             return None
-        obtainable = self._pool.num_free + self._idle.num_pages_beside(keep)
+        obtainable = self._num_free_for_versions + self._idle.num_pages_beside(keep)
+        num_other_pages = num_other_pages if self._num_reserved is None else 0
         if version.num_pages + num_other_pages > obtainable:
             return None
-        missing = version.num_pages - self._pool.num_free
+        missing = version.num_pages - self._num_free_for_versions
         if missing > 0 or not self._free_slots:
             going = self._idle.going(missing, keep)
             if going is None:
@@ -219,11 +229,36 @@ class Residency:
         self._become_idle(resident)
         return _install(resident)
 
-    def evict_for(self, num_pages: int, cause: str = TOKENS) -> bool:
-        """Evict idle versions until `num_pages` pages are free; if in vain, none, and False."""
-        if self._pool.num_free + self.num_idle_pages < num_pages:
+    def evict_for(self, num_pages: int) -> bool:
+        """Evict idle versions until `num_pages` pages are free for tokens; if in vain, none, and
+        False.
+        """
+        if self._num_reserved is not None:
+            return num_pages <= self._num_free_for_others
+        return self._evict_until_free(num_pages, TOKENS)
+
+    @property
+    def num_obtainable_pages(self) -> int:
+        """Pages that tokens could have now, were all idle versions evicted for them."""
+        idle = self.num_idle_pages if self._num_reserved is None else 0
+        return self._num_free_for_others + idle
+
+    @property
+    def _num_free_for_versions(self) -> int:
+        if self._num_reserved is None:
+            return self._pool.num_free
+        return self._num_reserved - self.num_pages
+
+    @property
+    def _num_free_for_others(self) -> int:
+        if self._num_reserved is None:
+            return self._pool.num_free
+        return self._pool.num_free - self._num_free_for_versions
+
+    def _evict_until_free(self, num_pages: int, cause: str) -> bool:
+        if self._num_free_for_versions + self.num_idle_pages < num_pages:
             return False
-        while self._pool.num_free < num_pages:
+        while self._num_free_for_versions < num_pages:
             self._evict(self._idle.least(), cause)
         return True
 
@@ -242,7 +277,7 @@ class Residency:
     def _place(self, version: AdapterVersion, cause: str) -> _Resident:
         if not self._free_slots:
             self._evict(self._idle.least(), cause)
-        if not self.evict_for(version.num_pages, cause):
+        if not self._evict_until_free(version.num_pages, cause):
             raise InternalError(f"adapter version {version.version_id}: acquired without room")
         pages = self._pool.allocate(version.num_pages, version.tag)
         assert pages is not None
@@ -298,6 +333,10 @@ class Residency:
             raise InternalError("the idle versions are not those without pins")
         if self.num_pages != sum(len(r.pages) for r in residents):
             raise InternalError(f"{self.num_pages} adapter pages counted, others held")
+        if self._num_free_for_versions < 0 or self._num_free_for_others < 0:
+            raise InternalError(
+                f"{self.num_pages} adapter pages, {self._num_reserved} are reserved"
+            )
         idle_pages = sum(len(self._residents[v].pages) for v in self._idle)
         if self.num_idle_pages != idle_pages:
             raise InternalError(f"{self.num_idle_pages} idle pages counted, {idle_pages} held")

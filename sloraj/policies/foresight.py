@@ -33,12 +33,11 @@ class Foresight:
         step_times: StepTimes,
         residency: Residency,
         version_of: Callable[[Sequence], AdapterVersion | None],
-        num_obtainable_pages: Callable[[], int],
     ) -> None:
         self._clock = clock
         is_plain = config.queue.queue_order == "fcfs" and config.queue.cluster_adapters is None
         self._max_sequences = MAX_SEQUENCES if is_plain else MAX_RANKED_SEQUENCES
-        self._outlook = Outlook(config, clock, step_times, num_obtainable_pages)
+        self._outlook = Outlook(config, clock, step_times, residency)
         self._abort: ModelAbort | PaperAbort | None = None
         self.order: Order | None = None  # of the queue, where early abort decides that too
         if config.early_abort == "model":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sloraj.adapters.residency import Residency
 from sloraj.config import SchedulerConfig
 from sloraj.policies.sparingly import Sparingly
 from sloraj.request import Sequence
@@ -186,7 +187,7 @@ class Outlook:
         config: SchedulerConfig,
         clock: Callable[[], float],
         step_times: StepTimes,
-        num_obtainable_pages: Callable[[], int],
+        residency: Residency,
     ) -> None:
         self.lengths = OutputLengths()
         self.sequences: list[Sequence] = []
@@ -198,7 +199,7 @@ class Outlook:
         self._clock = clock
         self._sparingly = Sparingly(clock, MAX_SHARE)
         self._step_times = step_times
-        self._num_obtainable_pages = num_obtainable_pages
+        self._residency = residency
 
     def look(self, waiting: Iterable[Sequence], running: list[Sequence], num_rows: int) -> None:
         """Foresee anew if it is time. `waiting` is in order; `num_rows` are free."""
@@ -231,7 +232,7 @@ class Outlook:
             pages=np.array([len(s.pages) for s in running], np.int64),
             num_missing_tokens=max(num_prompt + int(num_outputs.sum()) - num_computed, 0),
             num_free_rows=num_rows,
-            num_obtainable_pages=self._num_obtainable_pages(),
+            num_obtainable_pages=self._residency.num_obtainable_pages,
         )
         return state, num_computed
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from checkpoints.model_config import TARGET_MODULES
 from sloraj.model.llama import Model
 from sloraj.model.weights import abstract_parameters, unflatten
 from sloraj.runner import programs
@@ -74,15 +73,13 @@ def _state_jobs(mesh: Mesh, state: Any, config: RunnerConfig) -> list[CompileJob
         )
         for size in INSTALL_PAGES
     ]
-    segments = ints(layout.num_layers, len(TARGET_MODULES), 4)
-    bind = (state.table, state.forward.owners, ints(), ints(), ints())
     counts = state.sample.counts
     return [
         *installs,
         CompileJob(
             ("bind",),
             programs.bind_program(mesh),
-            (*bind, ints(config.max_adapter_pages), segments),
+            (state.table, state.forward.owners, ints(programs.bind_size(state.table))),
         ),
         CompileJob(
             ("reset",),

@@ -11,6 +11,7 @@ bind      points a slot at an installed version
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -34,7 +35,9 @@ from sloraj.runner.state import (
 )
 from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sampled, sample
 
+BUFFER_ARGUMENT = 6  # a step's host data, among the arguments of a forward program
 COUNT_TOKENS = 512  # tokens one count program takes
+BIND_FIELDS = 3  # slot, num_pages, tag
 WHOLE = PartitionSpec()
 # The graph runs what does not depend on each other at once: a shrink beside the base product.
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
@@ -231,18 +234,22 @@ def install_program(mesh: Mesh) -> Any:
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, POOL_SPEC))
 
 
+def bind_size(table: AdapterTable) -> int:
+    """Integers in a bind program's buffer."""
+    (_, max_pages), (num_layers, _, *of_module) = table.slot_pages.shape, table.segments.shape
+    return BIND_FIELDS + max_pages + num_layers * math.prod(of_module)
+
+
 def bind_program(mesh: Mesh) -> Any:
-    """(table, owners, slot, num_pages, tag, pages, segments) -> (table, owners)."""
+    """(table, owners, buffer i32: slot, num_pages, tag, pages, segments) -> (table, owners)."""
 
     def step(
-        table: AdapterTable,
-        owners: jax.Array | None,
-        slot: jax.Array,
-        num_pages: jax.Array,
-        tag: jax.Array,
-        pages: jax.Array,
-        segments: jax.Array,
+        table: AdapterTable, owners: jax.Array | None, buffer: jax.Array
     ) -> tuple[AdapterTable, jax.Array | None]:
+        slot, num_pages, tag = buffer[:BIND_FIELDS]
+        (_, max_pages), (num_layers, _, *of_module) = table.slot_pages.shape, table.segments.shape
+        pages = buffer[BIND_FIELDS : BIND_FIELDS + max_pages]
+        segments = buffer[BIND_FIELDS + max_pages :].reshape(num_layers, *of_module)
         if owners is not None:
             owners = owners.at[pages].set(tag)
         table = AdapterTable(

@@ -33,7 +33,7 @@ from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
 from sloraj.runner.lora_variants import SlotVariants
 from sloraj.runner.packing import known_token_ids, pack_step
-from sloraj.runner.programs import COUNT_TOKENS
+from sloraj.runner.programs import BIND_FIELDS, BUFFER_ARGUMENT, COUNT_TOKENS, bind_size
 from sloraj.runner.rows import RESETS, has_penalties, needs_full_sampling, pack_resets
 from sloraj.runner.state import STAGING_SPEC, RunnerConfig, StepLogits, abstract_state, zeros
 from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
@@ -139,8 +139,6 @@ class DeviceRunner:
         """
         for install in batch.installs:
             self._install_adapter(install)
-        # A copy starts when what is enqueued before it has ended, and runs beside what comes after.
-        self._staged = {send.tag: self._send_pages(send) for send in batch.sends}
         resets = [row for row in batch.rows if row.is_reset]
         for start in range(0, len(resets), RESETS):
             self._reset_rows(resets[start : start + RESETS])
@@ -174,9 +172,18 @@ class DeviceRunner:
 
     def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
-        buffer = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        program = self._programs["forward", bucket.name, variant]
+        buffer: Any = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        self._staged = {}
+        if batch.sends:
+            # Copies to the device pass one after the other: the step's own data, and that of the
+            # small programs before it, go first, or the step would wait for adapters that it does
+            # not use. A copy starts when what is enqueued before it has ended, and so runs beside
+            # this step.
+            buffer = jax.device_put(buffer, program.input_shardings[0][BUFFER_ARGUMENT])
+            self._staged = {send.tag: self._send_pages(send) for send in batch.sends}
         logits: StepLogits
-        self._state, logits = self._programs["forward", bucket.name, variant](
+        self._state, logits = program(
             self._ends,
             self._layers,
             self._state,
@@ -252,17 +259,11 @@ class DeviceRunner:
         self._state = dataclasses.replace(self._state, pools=pools)
 
     def _bind_slot(self, slot: int, tag: int, pages: tuple[int, ...], segments: np.ndarray) -> None:
-        table_row = np.zeros(self._config.max_adapter_pages, np.int32)
-        table_row[: len(pages)] = pages
-        self._table, owners = self._programs["bind",](
-            self._table,
-            self._state.owners,
-            np.int32(slot),
-            np.int32(len(pages)),
-            np.int32(tag),
-            table_row,
-            segments,
-        )
+        buffer = np.zeros(bind_size(self._table), np.int32)
+        buffer[:BIND_FIELDS] = slot, len(pages), tag
+        buffer[BIND_FIELDS : BIND_FIELDS + len(pages)] = pages
+        buffer[-segments.size :] = segments.reshape(-1)
+        self._table, owners = self._programs["bind",](self._table, self._state.owners, buffer)
         self._state = dataclasses.replace(self._state, owners=owners)
 
     # --- figures -------------------------------------------------------------------------------

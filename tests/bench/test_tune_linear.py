@@ -10,20 +10,12 @@ from typing import Any
 
 import pytest
 
-from bench import kernels_linear, tune_linear
-from bench.tune_linear import (
-    SHAPES,
-    TUNED,
-    Case,
-    cases,
-    compile_all,
-    describe,
-    merged,
-    table,
-    time_all,
-)
+from bench import kernels_linear, linear_cases, profile_step
+from bench.linear_cases import DTYPES, SHAPES, Case, compile_all, describe, time_all
+from bench.tune_linear import TUNED, cases, merged, table
 from pallas_kernels import linear_mosaic as mosaic
 from pallas_kernels.linear_triton import Config
+from tests.bench.cpu_profile import cpu_events
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
@@ -48,12 +40,14 @@ def test_candidates_fit_the_device_and_cover_every_shape() -> None:
     assert sorted(map(str, found)) == sorted(str(case) for part in parts for case in part)
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_times_are_taken_under_a_lock_and_checked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tune_linear, "SHAPES", {"o": (128, 64)})
-    monkeypatch.setattr(tune_linear, "ROTATED_BYTES", 1e4)
-    found = [Case("o", dtype, rows, None) for dtype in tune_linear.DTYPES for rows in (1, 5)]
+    monkeypatch.setattr(profile_step, "stream_events", cpu_events)
+    monkeypatch.setattr(linear_cases, "SHAPES", {"o": (128, 64)})
+    monkeypatch.setattr(linear_cases, "ROTATED_BYTES", 1e4)
+    found = [Case("o", dtype, rows, None) for dtype in DTYPES for rows in (1, 5)]
     args, started = arguments(lock=tmp_path / "lock"), time.monotonic()
     groups = time_all(compile_all(found, args, started), args, started)
     results = [result for group in groups for result in group]

@@ -100,6 +100,16 @@ def test_what_mosaic_cannot_serve_is_refused_or_left_to_triton_aloud(
     assert re.search(f"{op}: triton and not mosaic: {reason}", caplog.text)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_bmm_baseline_differs_in_lora_alone(platform: str) -> None:
+    where: dict[str, Any] = {"platform": platform, "device_kind": H200, "shape": SHAPE}
+    best, bmm = resolve_kernels(None, **where), resolve_kernels("bmm", **where)
+    assert bmm.lora_shrink == bmm.lora_expand == "bmm"
+    assert dataclasses.replace(
+        bmm, lora_shrink=best.lora_shrink, lora_expand=best.lora_expand
+    ) == best  # fmt: skip
+
+
 def test_a_choice_names_what_differs() -> None:
     choice = dataclasses.replace(KernelChoice.uniform("triton"), rope_write="xla")
     assert str(choice) == "triton, rope_write xla"
@@ -108,8 +118,8 @@ def test_a_choice_names_what_differs() -> None:
 @pytest.mark.parametrize(
     ("requested", "platform", "message"),
     [
-        ("triton", "cpu", "'triton' does not run on platform 'cpu', which has \\['xla'\\]"),
-        ("cuda", "gpu", "'cuda' is not one of \\['xla', 'triton', 'mosaic'\\]"),
+        ("triton", "cpu", "'triton' does not run on platform 'cpu', which has \\['xla', 'bmm'\\]"),
+        ("cuda", "gpu", "'cuda' is not one of \\['xla', 'triton', 'mosaic', 'bmm'\\]"),
         (None, "tpu", "platform 'tpu' is not one of"),
     ],
 )

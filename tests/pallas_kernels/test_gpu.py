@@ -82,7 +82,7 @@ def real_case(
         (implementation, batch)
         for implementation in ("triton", "mosaic")
         for batch in BATCHES
-        if implementation == "triton" or batch[:2] != ("demo", GATE_UP)  # partial chunks
+        if implementation == "triton" or batch[0] != "demo"  # its widths are not whole chunks
     ],
     ids=str,
 )
@@ -260,5 +260,6 @@ def test_sum_and_norm(width: int, implementation: str) -> None:
     total, normed = run(x, delta, weight)
     want = x.astype(np.float64) + delta.astype(np.float64)
     assert_close(total, want)
-    scale = 1 / np.sqrt((want**2).mean(axis=1, keepdims=True) + 1e-5)
-    assert_close(normed, want * scale * weight.astype(np.float64), inner=jnp.bfloat16)
+    rounded = np.asarray(total).astype(np.float64)  # what is normed
+    scale = 1 / np.sqrt((rounded**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert_close(normed, rounded * scale * weight.astype(np.float64), inner=jnp.bfloat16)

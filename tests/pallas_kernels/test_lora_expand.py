@@ -17,7 +17,7 @@ from pallas_kernels.shapes import POPULARITIES, row_slots
 from tests.pallas_kernels.lora_case import LoraCase, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
-IMPLEMENTATIONS = ["xla", "triton"]
+IMPLEMENTATIONS = ["xla", "triton", "bmm"]
 MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
 
 
@@ -118,7 +118,8 @@ def test_rows_that_straddle_pages_are_read_from_their_own_pages(
         num_ranks=9,
         implementation=implementation,
     )
-    assert_close(y, want)
+    rounds_v = implementation == "bmm"  # to the operands' type
+    assert_close(y, want, inner=dtype if rounds_v else np.float32)
     assert_untouched_rows_are_equal_bit_for_bit(base, y, case.row_slots)
 
 

@@ -17,7 +17,7 @@ from pallas_kernels.shapes import POPULARITIES, row_slots
 from tests.pallas_kernels.lora_case import LoraCase, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
-IMPLEMENTATIONS = ["xla", "triton"]
+IMPLEMENTATIONS = ["xla", "triton", "bmm"]
 MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
 OUT = {module: 72 for module in range(7)}
 
@@ -179,6 +179,24 @@ def test_programs_take_several_tiles_where_there_are_more(monkeypatch: pytest.Mo
         seed=2,
     )
     v = shrink(case, modules=(0,), num_rows=9, implementation="triton")
+    assert_is_oracle(v, case, (0,))
+
+
+@pytest.mark.parametrize("spare_tiles", [0, 1, 7])
+def test_no_program_has_a_single_row_tile_that_has_no_row(spare_tiles: int) -> None:
+    case = make_case(
+        row_slots=np.array([1, 0, 1], np.int32),
+        ranks={1: {0: 8}},
+        in_size=128,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=1,
+        dtype=np.float32,
+        seed=3,
+        spare_tiles=spare_tiles,
+    )
+    assert triton_blocks.num_tile_programs(case.tiles, 1) == 3
+    v = shrink(case, modules=(0,), num_rows=8, implementation="triton")
     assert_is_oracle(v, case, (0,))
 
 

@@ -19,6 +19,9 @@ from sloraj.errors import ConfigError
         ("max_rank", 0),
         ("kernels", "cuda"),
         ("dtype", "int8"),
+        ("quantization", "int4"),
+        ("loader_processes", -1),
+        ("loader_processes", 65),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(field: str, value: object) -> None:
@@ -45,7 +48,9 @@ def test_auto_depends_on_the_platform_and_leaves_room_for_prefill(
 
 
 def test_what_is_given_is_kept() -> None:
-    given = EngineConfig(model="m", max_num_seqs=3, max_num_batched_tokens=7, dtype="float16")
+    given = EngineConfig(
+        model="m", max_num_seqs=3, max_num_batched_tokens=7, dtype="float16", loader_processes=1
+    )
     assert resolve(given, "gpu") == given
 
 

@@ -139,6 +139,23 @@ def test_unpacking_gives_back_a_and_scaled_b(tp: int, dtype: str) -> None:
         np.testing.assert_array_equal(found[key][1], b.astype(numpy_dtype).astype(float))
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_padded_ranks_hold_the_same_weights_and_zeros(tp: int) -> None:
+    config = model_config()
+    layout = dataclasses.replace(pool_layout(config, tp), padded_rank=12)
+    ranks = {(0, name): 3 + i for i, name in enumerate(TARGET_MODULES)}
+    weights = random_weights(config, ranks)
+    packed = pack_adapter(weights, layout, config)
+    found = unpack(packed, layout, config)
+    assert packed.num_pages == num_adapter_pages(dict.fromkeys(ranks, 12), layout, config)
+    for key, module in weights.modules.items():
+        a, b = found[key]
+        np.testing.assert_array_equal(a[: module.rank], module.a)
+        np.testing.assert_array_equal(b[:, : module.rank], module.b * np.float32(module.scaling))
+        assert a.shape[0] == b.shape[1] == 12
+        assert not a[module.rank :].any() and not b[:, module.rank :].any()
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_runs_have_no_overlap_and_everything_else_is_zero(tp: int) -> None:
     config = model_config()

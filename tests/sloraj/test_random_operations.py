@@ -34,6 +34,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "max_model_len": 24,
         "install_pages_per_step": 5,
     },
+    "fixed split": {
+        "num_pages": 20,
+        "page_size": 2,
+        "max_model_len": 20,
+        "num_adapter_pages": 6,
+    },
     "room for all": {"num_pages": 120, "max_num_seqs": 8, "max_adapter_slots": 16},
 }
 CLUSTERED = {"cluster_adapters": 1, "cluster_max_overtakes": 6, "cluster_max_wait_s": 0.5}

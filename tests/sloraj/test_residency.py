@@ -26,11 +26,17 @@ class Device:
     """A residency over a pool of `num_pages` usable pages, with a clock to turn."""
 
     def __init__(
-        self, num_pages: int = 10, num_slots: int = 4, policy: RetentionPolicy | None = None
+        self,
+        num_pages: int = 10,
+        num_slots: int = 4,
+        policy: RetentionPolicy | None = None,
+        num_reserved_pages: int | None = None,
     ) -> None:
         self.now_s = 1000.0
         self.pool = PagePool(num_pages + 1)
-        self.residency = Residency(self.pool, num_slots, lambda: self.now_s, policy)
+        self.residency = Residency(
+            self.pool, num_slots, lambda: self.now_s, policy, num_reserved_pages=num_reserved_pages
+        )
         self._tags = itertools.count(1)
 
     def version(self, content: int, num_pages: int) -> AdapterVersion:
@@ -68,6 +74,23 @@ def test_pinned_by_a_sequence_means_never_evicted() -> None:
     assert device.residents(used, idle) == [True, True]
     assert device.residency.evict_for(6)
     assert device.residents(used, idle) == [True, False]
+    device.residency.check_integrity()
+
+
+def test_in_a_fixed_split_neither_side_takes_a_page_of_the_other() -> None:
+    device = Device(num_pages=10, num_reserved_pages=6)
+    first, second, large = (device.version(i, pages) for i, pages in ((1, 4), (2, 4), (3, 7)))
+    assert device.residency.fits(first, 4) and not device.residency.fits(first, 5)
+    assert not device.residency.fits(large, 0)  # although ten pages are free
+    device.use(first)
+    assert not device.residency.evict_for(5)  # although the version is idle
+    assert device.residents(first) == [True]
+    assert device.pool.allocate(4, owner=99) is not None
+    assert device.residency.evict_for(0) and not device.residency.evict_for(1)
+    assert not device.residency.fits(None, 1)
+    install = device.residency.prefetch(second, num_other_pages=4, keep=())
+    assert install is not None and len(install.pages) == 4  # in the place of the first
+    assert device.residents(first, second) == [False, True]
     device.residency.check_integrity()
 
 

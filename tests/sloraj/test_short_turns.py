@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sloraj.adapters.loader import TURN_S, AdapterLoader, LoadDone, ShortTurns
+from sloraj.adapters.loader import TURN_S, AdapterLoader, LoadDone, ShortTurns, short_turns
 from sloraj.messages import LoadAdapter
 
 
@@ -43,8 +43,9 @@ def test_a_load_that_fails_gives_the_turns_back(python_turns: float) -> None:
     errors: list[LoadDone] = []
 
     def load(path: str) -> None:
-        seen.append(sys.getswitchinterval())
-        raise OSError(path)
+        with short_turns:
+            seen.append(sys.getswitchinterval())
+            raise OSError(path)
 
     def on_done(message: LoadDone) -> None:
         errors.append(message)

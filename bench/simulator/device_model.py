@@ -1,0 +1,70 @@
+"""A fitted model of one device, engine and host: what a step costs, as data in a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from bench.simulator.cost import Cost
+
+KIND = "simulator-model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceModel:
+    """How long the parts of a step take.
+
+    device: from the end of the step before to the step's own end, its installs included. execute:
+    of the host, in `Runner.execute`. between: of the host, from the return of one `collect` to the
+    next `execute`: update, emit, messages, schedule. The bus carries what is sent a step ahead.
+    """
+
+    device: Cost
+    execute: Cost
+    between: Cost
+    bus_bytes_per_s: float
+    bus_latency_s: float
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # device, commit, runs, errors
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            **self.origin,
+            "bus_bytes_per_s": self.bus_bytes_per_s,
+            "bus_latency_s": self.bus_latency_s,
+            "seconds": {
+                name: getattr(self, name).coefficients for name in ("device", "execute", "between")
+            },
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ValueError if the file holds no model."""
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise ValueError(f'{path}: no model, allowed: a file with "kind": "{KIND}"')
+        return cls.of(found)
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Self:
+        apart = ("kind", "bus_bytes_per_s", "bus_latency_s", "seconds")
+        return cls(
+            **{name: Cost(coefficients) for name, coefficients in found["seconds"].items()},
+            bus_bytes_per_s=found["bus_bytes_per_s"],
+            bus_latency_s=found["bus_latency_s"],
+            origin={key: value for key, value in found.items() if key not in apart},
+        )
+
+
+def constant(step_s: float, *, bus_bytes_per_s: float = float("inf")) -> DeviceModel:
+    """A device whose every step takes `step_s`, with a host that takes no time."""
+    return DeviceModel(
+        device=Cost({"step": step_s}), execute=Cost({}), between=Cost({}),
+        bus_bytes_per_s=bus_bytes_per_s, bus_latency_s=0.0, origin={"device": "imaginary"},
+    )  # fmt: skip
