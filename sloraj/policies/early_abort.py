@@ -50,7 +50,7 @@ class ModelAbort:
         if sequence.deadline_s < math.inf:
             heapq.heappush(self._deadlines, (sequence.deadline_s, sequence.tag, sequence))
 
-    def too_late(self, now_s: float, *, has_row: bool) -> list[TooLate]:
+    def too_late(self, now_s: float) -> list[TooLate]:
         """Those to drop before a step. They still wait; the caller aborts them."""
         late = {s.tag: found for found in self._predicted(now_s) for s in [found.sequence]}
         while self._deadlines and self._deadlines[0][0] <= now_s:
@@ -111,7 +111,8 @@ class PaperAbort(FirstComeFirstServed):
     """S-LoRA's: an order of the queue that is newest first while requests come faster than they
     are admitted, else oldest first, and that drops what has nearly waited for its objective.
 
-    Nothing is predicted. A scheduling attempt is a step with a free row.
+    Nothing is predicted. The original attempts to admit now and then; here every step is an
+    attempt.
     """
 
     def __init__(self) -> None:
@@ -123,14 +124,12 @@ class PaperAbort(FirstComeFirstServed):
         self._num_admitted = 0  # in this attempt
         self._num_newest_first = 0  # attempts
 
-    def too_late(self, now_s: float, *, has_row: bool) -> list[TooLate]:
+    def too_late(self, now_s: float) -> list[TooLate]:
         """Those to drop before a step. They still wait; the caller aborts them."""
         if self._num_admitted:
             smoothed = int((1 - PAPER_KEPT) * self._num_admitted + PAPER_KEPT * self.batch_size)
             self.batch_size = max(smoothed, 1)
             self._num_admitted = 0
-        if not has_row:
-            return []
         growth = len(self._by_tag) - self._num_left
         self.rate = int((1 - PAPER_KEPT) * growth + PAPER_KEPT * self.rate)
         self._num_newest_first += self.is_newest_first

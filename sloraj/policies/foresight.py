@@ -67,7 +67,7 @@ class Foresight:
             self._outlook.look(waiting.in_order(self._max_sequences), running, num_rows)
         if self._abort is None:
             return []
-        return self._abort.too_late(self._clock(), has_row=num_rows > 0)
+        return self._abort.too_late(self._clock())
 
     def plan_sends(
         self, plan: Plan, waiting: WaitingQueue, running: list[Sequence], num_rows: int

@@ -41,6 +41,7 @@ class Running(NamedTuple):
 
     remaining: np.ndarray  # i64 [n]: steps until it has ended
     pages: np.ndarray  # i64 [n]: that it holds
+    more_pages: np.ndarray  # i64 [n]: that it will want until its end
     num_missing_tokens: int  # of prompts that are not computed yet
     num_free_rows: int
     num_obtainable_pages: int  # free, or of idle adapters
@@ -93,15 +94,15 @@ def _capacity_steps(
 
     Plays the ends and admissions one after the other; beyond `MAX_PLAYED` it goes on as before.
     """
-    last_pages = running.pages + running.remaining / page_size
+    last_pages = running.pages + running.more_pages
     ends = list(zip(running.remaining.tolist(), last_pages.tolist(), strict=True))
     heapq.heapify(ends)  # when, and the pages it will hold then
     num_rows, num_pages = running.num_free_rows, float(running.num_obtainable_pages - len(ends))
     moment = 0.0
     num_unhindered = 0
     steps: list[float] = []
-    played = (waiting.tokens, waiting.pages, waiting.outputs, np.maximum(pipeline - 1, 0))
-    for _, pages, outputs, earliest in zip(
+    played = (waiting.pages, waiting.outputs, np.maximum(pipeline - 1, 0))
+    for pages, outputs, earliest in zip(
         *[values[:MAX_PLAYED].tolist() for values in played], strict=True
     ):
         while ends and (num_rows == 0 or num_pages < pages + 1):
@@ -133,11 +134,14 @@ def _wanted_pages(
     ends = running.remaining[order]
     released = np.concatenate([[0], np.cumsum(running.pages[order])])  # by the first j that end
     left = np.arange(len(ends), -1, -1)  # that run on after j have ended
+    more = running.more_pages[order]
+    most = np.concatenate([[0], np.cumsum(more[::-1])])[::-1]  # that those will want in all
     # A sequence's next page may be due at once: one page each beyond its tokens.
-    before = left[:-1] * (1 + ends / page_size) - released[:-1]  # just before each end
+    growth = np.minimum(left[:-1] * (1 + ends / page_size), most[:-1])
+    before = growth - released[:-1]  # just before each end
     peaks = np.maximum.accumulate(np.concatenate([[0.0], before]))
     place = np.searchsorted(ends, moments, side="right")
-    net = left[place] * (1 + moments / page_size) - released[place]
+    net = np.minimum(left[place] * (1 + moments / page_size), most[place]) - released[place]
     return np.maximum(peaks[place], net), net
 
 
@@ -225,12 +229,17 @@ class Outlook:
     def _running(self, running: list[Sequence], num_rows: int) -> tuple[Running, int]:
         """The running sequences, and the tokens that they have computed."""
         num_outputs = np.array([len(s.output_token_ids) for s in running], np.int64)
-        num_prompt = sum([len(s.prompt_token_ids) for s in running])
+        num_tokens = np.array([len(s.prompt_token_ids) for s in running], np.int64) + num_outputs
+        remaining = self.lengths.remaining(running, num_outputs)
+        pages = np.array([len(s.pages) for s in running], np.int64)
+        # The last token is sampled and not computed.
+        last_pages = -(-(num_tokens + remaining - 1) // self._config.page_size)
         num_computed = sum([s.num_computed_tokens for s in running])
         state = Running(
-            remaining=self.lengths.remaining(running, num_outputs),
-            pages=np.array([len(s.pages) for s in running], np.int64),
-            num_missing_tokens=max(num_prompt + int(num_outputs.sum()) - num_computed, 0),
+            remaining=remaining,
+            pages=pages,
+            more_pages=np.maximum(last_pages - pages, 0),
+            num_missing_tokens=max(int(num_tokens.sum()) - num_computed, 0),
             num_free_rows=num_rows,
             num_obtainable_pages=self._residency.num_obtainable_pages,
         )

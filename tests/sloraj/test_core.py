@@ -152,7 +152,7 @@ def test_a_request_beside_its_adapter_may_be_too_much_for_the_pool() -> None:
     driver.run()
     driver.expect(base, [1] * 8, max_tokens=5)
     error = driver.failures[adapted]
-    assert isinstance(error, InvalidRequest) and "7 pages of the adapter" in error.message
+    assert isinstance(error, InvalidRequest) and "7 pages of adapters" in error.message
     driver.expect_clean()
 
 

@@ -61,7 +61,7 @@ PACE = Pace(busy_s=0.5, decode_step_s=1.0, full_step_s=3.0, steady_step_s=1.0, p
 
 
 def test_an_idle_engine_answers_a_step_later() -> None:
-    nobody = Running(array(), array(), 0, num_free_rows=4, num_obtainable_pages=100)
+    nobody = Running(array(), array(), array(), 0, num_free_rows=4, num_obtainable_pages=100)
     forecast = foresee(Waiting(array(50), array(5), array(9)), nobody, PACE)
     assert forecast.first_token_s.tolist() == [0.5 + 1.0 + 2.0 / 2]  # half a step's prefill
     assert forecast.admission_steps.tolist() == [0]
@@ -69,14 +69,16 @@ def test_an_idle_engine_answers_a_step_later() -> None:
 
 
 def test_prompts_that_share_a_step_speak_at_its_end() -> None:
-    nobody = Running(array(), array(), 50, num_free_rows=4, num_obtainable_pages=100)
+    nobody = Running(array(), array(), array(), 50, num_free_rows=4, num_obtainable_pages=100)
     forecast = foresee(Waiting(array(30, 20, 40, 10), array(3, 2, 4, 1), array(1, 1, 1, 1)),
                        nobody, PACE)  # fmt: skip
     assert forecast.first_token_s.tolist() == [0.5 + 3, 0.5 + 3, 0.5 + 3 + 2, 0.5 + 3 + 2]
 
 
 def test_rows_come_free_as_running_ones_and_then_waiting_ones_end() -> None:
-    running = Running(array(7, 4), array(1, 1), 0, num_free_rows=0, num_obtainable_pages=100)
+    running = Running(
+        array(7, 4), array(1, 1), array(1, 1), 0, num_free_rows=0, num_obtainable_pages=100
+    )
     waiting = Waiting(array(10, 10, 10, 10), array(1, 1, 1, 1), array(1, 20, 20, 20))
     forecast = foresee(waiting, running, PACE)
     # At 4 the first enters, and ends at 6; at 6 the second; at 7 the third; it ends at 28.
@@ -84,17 +86,19 @@ def test_rows_come_free_as_running_ones_and_then_waiting_ones_end() -> None:
 
 
 def test_pages_wait_for_those_that_end_while_the_others_grow() -> None:
-    running = Running(array(10, 30), array(8, 3), 0, num_free_rows=9, num_obtainable_pages=6)
+    running = Running(
+        array(10, 30), array(8, 3), array(1, 3), 0, num_free_rows=9, num_obtainable_pages=6
+    )
     forecast = foresee(Waiting(array(100), array(10), array(5)), running, PACE)
     assert forecast.admission_steps.tolist() == [10]
-    # Until then both grow by a page beyond the one that each may want at once.
+    # Each may want a page at once, and both want another until then.
     assert forecast.trough_pages.tolist() == [4]
     assert forecast.net_pages.tolist() == [1 + 1 - 8]
 
 
 def test_a_queue_too_long_to_play_through_goes_on_as_it_began() -> None:
     num = 400
-    running = Running(array(*[5] * 4), array(*[1] * 4), 0, num_free_rows=0,
+    running = Running(array(*[5] * 4), array(*[1] * 4), array(*[1] * 4), 0, num_free_rows=0,
                       num_obtainable_pages=10_000)  # fmt: skip
     waiting = Waiting(*[np.full(num, value) for value in (10, 1, 9)])
     steps = foresee(waiting, running, PACE).admission_steps

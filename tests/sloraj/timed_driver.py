@@ -82,7 +82,7 @@ class TimedDriver(Conversation):
 
     def __init__(
         self, cost_s: Callable[[ScheduledBatch], float] = true_cost_s, noise: float = 0.02,
-        checks_each_step: bool = False, **changes: Any,
+        **changes: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         self.now_s = 0.0
@@ -94,7 +94,6 @@ class TimedDriver(Conversation):
         )  # fmt: skip
         self.first_token_after_s: dict[str, float] = {}
         self.before_step: Callable[[], None] = lambda: None
-        self._checks_each_step = checks_each_step
         self._arrived_s: dict[str, float] = {}
 
     def play(self, arrivals: Iterable[Arrival], **params: Any) -> list[str]:
@@ -117,8 +116,6 @@ class TimedDriver(Conversation):
             before = len(self.messages)
             for message in self.core.step():
                 self._hear(message)
-            if self._checks_each_step:
-                self.core.check_integrity()
             for message in self.messages[before:]:
                 request_id = getattr(message, "request_id", "")
                 if request_id in self._arrived_s and (request_id, 0) in self.answers:
