@@ -56,9 +56,7 @@ class EngineConfig:
     early_abort: str | None = None  # refuse what would miss it: "model", "paper"; None: nothing
     kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
     adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
-    merged_adapter: str | None = (
-        None  # a directory; added into the base's weights as they are loaded
-    )
+    merged_adapter: str | None = None  # a directory; added into the base's weights at load
     pad_ranks: bool = False  # store and compute every adapter at max_rank; to see what that costs
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
