@@ -81,6 +81,8 @@ class Generation:
         *,
         add_special_tokens: bool,
         allow_special: bool,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> None:
         """Start every prompt. Raises what the engine says about the first that it refuses at
         once.
@@ -101,6 +103,8 @@ class Generation:
                     receive,
                     add_special_tokens=add_special_tokens,
                     allow_special=allow_special,
+                    priority=priority,
+                    tenant=tenant,
                 )
             if self._is_over:  # ended while we were submitting: the last ones are not aborted yet
                 self._abort()

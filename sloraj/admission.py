@@ -50,7 +50,7 @@ def make_sequences(
             version_id=None if version is None else version.version_id,
             arrival_s=now_s,
             priority=message.priority,
-            tenant=message.tenant or message.adapter_id or "",
+            tenant=tenant_of(message),
             adapter_bytes=0 if version is None else version.packed.num_bytes,
         )
         for index in range(params.n)
@@ -69,6 +69,11 @@ def resolve_slo(message: Generate, config: SchedulerConfig) -> float | None:
             f"first_token_slo_s: got {slo_s}, allowed: above 0, or null", param="first_token_slo_s"
         )
     return slo_s
+
+
+def tenant_of(message: Generate) -> str:
+    """To whose account the request goes."""
+    return message.tenant or message.adapter_id or ""
 
 
 def parse_params(message: Generate) -> SamplingParams:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sloraj.adapters.registry import AdapterRegistry, Registration
-from sloraj.admission import make_sequences, resolve_slo
+from sloraj.admission import make_sequences, resolve_slo, tenant_of
 from sloraj.batch import TokenLogprobs
 from sloraj.config import SchedulerConfig
 from sloraj.errors import (
@@ -113,11 +113,21 @@ class LiveRequests:
                 f"request_id: got {message.request_id!r}, allowed: one that is not running",
                 param="request_id",
             )
-        if self._scheduler.num_waiting >= self._config.max_num_waiting:
-            turns = self._scheduler.num_waiting / self._config.max_num_seqs
+        self._require_room(
+            self._scheduler.num_waiting, self._config.max_num_waiting, "are", "--max-num-waiting"
+        )
+        tenant_limit = self._config.queue.tenant_max_waiting
+        if tenant_limit is not None:
+            num_waiting = self._scheduler.num_waiting_of(tenant_of(message))
+            self._require_room(
+                num_waiting, tenant_limit, "of this tenant are", "--tenant-max-waiting"
+            )
+
+    def _require_room(self, num_waiting: int, limit: int, are: str, flag: str) -> None:
+        if num_waiting >= limit:
+            turns = num_waiting / self._config.max_num_seqs
             raise QueueFull(
-                f"{self._scheduler.num_waiting} requests are waiting, allowed: "
-                f"{self._config.max_num_waiting} (--max-num-waiting)",
+                f"{num_waiting} requests {are} waiting, allowed: {limit} ({flag})",
                 retry_after_s=_retry_after_s(turns * self._mean_service_s),
             )
 

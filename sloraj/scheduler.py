@@ -89,6 +89,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """How many new sequences of a tenant wait, if tenants have accounts; else 0."""
+        return self._waiting.num_waiting_of(tenant)
+
     def queue_stats(self) -> dict[str, Any]:
         return self._waiting.stats()
 

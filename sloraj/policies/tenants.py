@@ -84,6 +84,10 @@ class Tenants:
             del self._idle[oldest]
             del self._accounts[oldest.tenant]
 
+    def num_waiting_of(self, tenant: str) -> int:
+        account = self._accounts.get(tenant)
+        return 0 if account is None else account.num_waiting
+
     @property
     def num_waiting(self) -> int:
         return len(self._ranking.accounts)

@@ -113,6 +113,7 @@ class FakeEngine:
         self.load_delay_s = 0.0
         self.is_frozen = False  # no output, no heartbeat
         self.submitted: list[tuple[str, list[int], SamplingParams, str | None]] = []
+        self.standings: list[tuple[int, str | None]] = []  # priority and tenant of each submitted
         self.aborted: list[str] = []
         self.abort_times: dict[str, float] = {}
         self._model_path = model_path
@@ -149,6 +150,8 @@ class FakeEngine:
         *,
         add_special_tokens: bool = True,
         allow_special: bool = False,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> int:
         if isinstance(prompt, str):
             if len(prompt) > MAX_MODEL_LEN * 16:  # no token stands for more than 16 characters
@@ -164,6 +167,7 @@ class FakeEngine:
             if self._state != "ready":
                 raise EngineUnavailable(f"the engine is {self._state}")
             self.submitted.append((request_id, prompt, params, adapter_id))
+            self.standings.append((priority, tenant))
             running = Running(
                 request_id, prompt, params, self._adapters.get(adapter_id or ""), on_output
             )
