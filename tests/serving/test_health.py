@@ -108,7 +108,7 @@ def test_a_full_queue_is_a_503_with_the_engines_own_delay(
         assert response.json()["error"]["code"] == "queue_full"
 
 
-@pytest.mark.row(49)
+@pytest.mark.row(52)
 def test_what_would_begin_too_late_is_a_503_with_the_engines_own_delay(
     client: TestClient, engine: FakeEngine
 ) -> None:
