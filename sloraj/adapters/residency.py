@@ -97,6 +97,11 @@ class Residency:
         """Waiting sequences by version."""
         return dict(self._wanted)
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether a version that is not here could have one."""
+        return bool(self._free_slots or self._idle)
+
     def slot_bytes(self, slot: int) -> int:
         """Size of the adapter in a slot; 0 for slot 0, the base model."""
         return self._slot_bytes[slot]
@@ -144,7 +149,7 @@ class Residency:
         """Whether the version can be acquired, and `num_other_pages` allocated beside it, now."""
         resident = None if version is None else self._residents.get(version.version_id)
         is_missing = version is not None and resident is None
-        if is_missing and not (self._free_slots or self._idle):
+        if is_missing and not self.has_slot:
             return False
         num_pages = version.num_pages if version is not None and is_missing else 0
         if self._num_reserved is not None:

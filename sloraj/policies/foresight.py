@@ -69,6 +69,12 @@ class Foresight:
             return []
         return self._abort.too_late(self._clock())
 
+    def may_send(self, waiting: WaitingQueue) -> bool:
+        """Whether a step might send something, were it only later."""
+        if self._prefetch is None:
+            return False
+        return self._prefetch.wants(list(waiting.in_order(prefetch.MAX_SEQUENCES)))
+
     def plan_sends(
         self, plan: Plan, waiting: WaitingQueue, running: list[Sequence], num_rows: int
     ) -> None:

@@ -35,7 +35,9 @@ class Prefetch:
         self._outlook = outlook
 
     def wants(self, window: list[Sequence]) -> bool:
-        """Whether the adapter of any of these is not on the device."""
+        """Whether the adapter of any of these is not on the device and might get a slot there."""
+        if not self._residency.has_slot:
+            return False
         is_resident = self._residency.is_resident
         return any([s.version_id is not None and not is_resident(s.version_id) for s in window])
 
