@@ -115,6 +115,7 @@ class _Answer:
                 allow_special=allow_special,
                 priority=self._parsed.priority,
                 tenant=tenant,
+                first_token_slo_s=self._parsed.first_token_slo_s,
             )
             self._reply.num_prompt_tokens = generation.num_prompt_tokens
             first = await generation.next()

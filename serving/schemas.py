@@ -17,6 +17,7 @@ from sloraj.request import MAX_PRIORITY, SamplingParams
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
+MAX_SLO_S = 86_400.0
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -37,6 +38,7 @@ class GenerationRequest:
     return_token_ids: bool
     priority: int = 0
     user: str | None = None
+    first_token_slo_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,10 @@ def _priority(fields: Fields) -> int:
     return fields.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY) or 0
 
 
+def _first_token_slo_s(fields: Fields) -> float | None:
+    return fields.number("first_token_slo_s", 0.0, 0.0, MAX_SLO_S, above_low=True) or None
+
+
 def _prompts(fields: Fields, vocab_size: int, max_prompts: int) -> list[str | list[int]]:
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     prompt = fields.values.get("prompt")
@@ -141,6 +147,7 @@ def parse_completion(
     add_special_tokens = fields.boolean("add_special_tokens", True)
     return_token_ids = fields.boolean("return_token_ids")
     priority, user = _priority(fields), fields.string("user")
+    first_token_slo_s = _first_token_slo_s(fields)
     return CompletionRequest(
         params=sampling_params(fields, info, max_tokens=max_tokens, logprobs=logprobs),
         model=model,
@@ -148,6 +155,7 @@ def parse_completion(
         return_token_ids=return_token_ids,
         priority=priority,
         user=user,
+        first_token_slo_s=first_token_slo_s,
         prompts=prompts,
         echo=echo,
         add_special_tokens=add_special_tokens,
@@ -219,6 +227,7 @@ def _chat_fields(fields: Fields) -> dict[str, Any]:
         "return_token_ids": fields.boolean("return_token_ids"),
         "priority": _priority(fields),
         "user": fields.string("user"),
+        "first_token_slo_s": _first_token_slo_s(fields),
     }
 
 

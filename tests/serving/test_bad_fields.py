@@ -160,7 +160,9 @@ def test_unknown_fields_are_ignored_and_lora_path_must_agree(client: TestClient)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("priority", 1.5), ("priority", "1"), ("priority", True), ("priority", 2**31),
-     ("priority", -(2**31)), ("priority", [0]), ("user", 7), ("user", ["me"])],
+     ("priority", -(2**31)), ("priority", [0]), ("user", 7), ("user", ["me"]),
+     ("first_token_slo_s", 0), ("first_token_slo_s", -1), ("first_token_slo_s", "1"),
+     ("first_token_slo_s", True), ("first_token_slo_s", 1e6)],
 )  # fmt: skip
 def test_a_standing_of_the_wrong_kind_is_refused(
     client: TestClient, engine: FakeEngine, field: str, value: Any

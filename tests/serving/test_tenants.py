@@ -43,6 +43,17 @@ def test_the_tenant_is_what_the_server_was_told_to_look_at(
     assert engine.standings == [standing]
 
 
+@pytest.mark.parametrize(("path", "body"), BOTH)
+def test_the_objective_for_the_first_token_is_passed_on(
+    engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    with TestClient(create_app(engine, ServerConfig())) as client:
+        for slo_s in (2.5, 1, None):
+            sent = {**body, "first_token_slo_s": slo_s}
+            assert client.post(path, json=sent).status_code == 200
+    assert engine.slos_s == [2.5, 1.0, None]
+
+
 @pytest.mark.row(15)
 @pytest.mark.parametrize(("path", "body"), BOTH)
 @pytest.mark.parametrize("user", ["", "x" * 257, "two\nlines"])

@@ -19,6 +19,9 @@ from sloraj.errors import ConfigError
         ("max_rank", 0),
         ("kernels", "cuda"),
         ("dtype", "int8"),
+        ("quantization", "int4"),
+        ("loader_processes", -1),
+        ("loader_processes", 65),
         ("queue_order", "lifo"),
         ("priority_ageing_s", 0.0),
         ("priority_ageing_s", float("nan")),
@@ -38,9 +41,6 @@ from sloraj.errors import ConfigError
         ("cluster_max_overtakes", 0),
         ("cluster_max_wait_s", 0.0),
         ("cluster_max_lead", -1.0),
-        ("quantization", "int4"),
-        ("loader_processes", -1),
-        ("loader_processes", 65),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(field: str, value: object) -> None:

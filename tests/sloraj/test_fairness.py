@@ -121,7 +121,7 @@ class Flood:
         )
 
     def num_waiting(self, tenant: str) -> int:
-        requests = self.driver.core._requests.values()
+        requests = self.driver.core._requests
         sequences = [s for request in requests for s in request.sequences]
         return sum(s.tenant == tenant and s.admission == 0 for s in sequences)
 
