@@ -45,6 +45,6 @@ fmt:  ## rewrite files in the house format
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench:  ## offline throughput; see bench/ for more
+bench:  ## the paper's evaluation: sweeps, report, summary; ARGS: names of shards, or --quick
 	@$(ENSURE) $$(bash .ci/cuda_extra) bench
-	$(PY) -m bench.offline $(ARGS)
+	$(PY) -m bench $(ARGS)

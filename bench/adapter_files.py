@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from bench.random_adapters import MODULES
+from bench.settings import MODULES
 from checkpoints.model_config import ModelConfig
 
 

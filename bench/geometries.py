@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_LLAMA: dict[str, Any] = {
+LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
@@ -92,5 +92,5 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 def write_geometry(name: str, directory: Path) -> str:
     """Write a geometry's config.json; the path is what EngineConfig.model takes."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(_LLAMA | GEOMETRIES[name]))
+    (directory / "config.json").write_text(json.dumps(LLAMA | GEOMETRIES[name]))
     return str(directory)

@@ -11,8 +11,9 @@ import dataclasses
 import json
 from typing import Any
 
-from bench.random_adapters import MODULES
-from bench.settings import LENGTHS
+from bench.settings import LENGTHS, MODULES
+
+NOT_IN_KEY = ("figure", "engine", "base_requests")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,15 @@ class EngineSpec:
     max_adapter_slots: int = 2048
     max_model_len: int = 1024
     pool_bytes: int | None = None  # None: all that is left
+    tensor_parallel_size: int = 1  # more than one are simulated
 
     @property
     def name(self) -> str:
         """For files and logs: what differs from the usual."""
         merged = "" if self.merged_rank is None else f"merged{self.merged_rank}"
-        return "-".join(word for word in (self.geometry, self.kernels or "", merged) if word)
+        devices = "" if self.tensor_parallel_size == 1 else f"tp{self.tensor_parallel_size}"
+        words = (self.geometry, self.kernels or "", merged, devices)
+        return "-".join(word for word in words if word)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class Point:
     pool_gb: float | None = None  # of device memory for weights, workspace and pool; None: all
     pool_pages: int | None = None  # the pool outright, in place of that
     num_requests: int | None = None
+    base_requests: int = 768  # of the base's own saturated run, which goes before
     load: float | None = None  # offered rate in parts of the base's saturated one, same pool
     rate: float | None = None  # requests per second
     duration_s: float = 60.0
@@ -97,6 +102,6 @@ class Point:
         words = [self.engine.name, self.figure]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("figure", "engine") and value != getattr(default, field.name):
+            if field.name not in NOT_IN_KEY and value != getattr(default, field.name):
                 words.append(f"{field.name}={value}")
         return " ".join(words)

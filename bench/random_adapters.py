@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench.settings import MODULES
 from checkpoints.model_config import ModelConfig
 from sloraj.adapters.layout import Allocate, pack_adapter
 from sloraj.batch import PackedAdapter
 from sloraj.build import adapter_loader
 from sloraj.config import EngineConfig, PoolLayout, resolve
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 WORDS = 32  # of 64 bits, whose signs are drawn; they repeat along a page, not from page to page
 SIGNS = {2: 0x8000800080008000, 4: 0x8000000080000000}  # bits of a word, by bytes an element
 

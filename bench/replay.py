@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from bench.batch_log import BatchLog, StepWork
 from bench.clock import Clock
@@ -23,9 +23,30 @@ from bench.outcome import Outcome, gap_quantiles
 from bench.trace import Request, Trace, prompt_token_ids
 from checkpoints.model_config import ModelConfig
 from sloraj.core import EngineCore
-from sloraj.messages import Abort, Dead, FromEngine, Generate, RequestFailed, TokenOutput
+from sloraj.messages import (
+    Abort,
+    Dead,
+    FromEngine,
+    Generate,
+    RequestFailed,
+    ToEngine,
+    TokenOutput,
+)
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "seed": 0}
+
+
+class Stepped(Protocol):
+    """What is driven: an `EngineCore`, or several that answer as one."""
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def submit(self, message: ToEngine) -> None: ...
+
+    def step(self) -> Sequence[FromEngine]: ...
+
+    def stats(self) -> dict[str, Any]: ...
 
 
 class ReplayError(RuntimeError):
@@ -51,7 +72,7 @@ class Replay:
 
     def __init__(
         self,
-        core: EngineCore,
+        core: Stepped,
         trace: Trace,
         clock: Clock,
         *,
@@ -60,15 +81,15 @@ class Replay:
         model: ModelConfig | None = None,
         adapter_name: Callable[[int], str] = default_adapter_name,
         prompt: Callable[[int, Request], list[int]] | None = None,
-        fields: Callable[[Request], dict[str, Any]] = lambda request: {},
+        fields: Callable[[int, Request], dict[str, Any]] = lambda index, request: {},
         give_up_s: float | None = None,
         keeps_moments: bool = False,
         on_step: Callable[[int], None] = lambda num_ended: None,
     ) -> None:
         """model: to count the weights in the batches by. prompt: token ids of request i; random
-        ones of `seed` if None. fields: more of `Generate`, such as its tenant. give_up_s: then
-        all that is open is aborted, and the rest not sent. on_step: for progress; gets the number
-        of requests that have ended.
+        ones of `seed` if None. fields: more of request i's `Generate`, such as its tenant.
+        give_up_s: then all that is open is aborted, and the rest not sent. on_step: for progress;
+        gets the number of requests that have ended.
         """
         self._core, self._trace, self._clock = core, trace, clock
         self._model, self._give_up_s, self._on_step = model, give_up_s, on_step
@@ -84,7 +105,7 @@ class Replay:
                 prompt_token_ids=draw(i, request),
                 params=GREEDY | {"max_tokens": request.num_output_tokens},
                 adapter_id=None if request.adapter is None else adapter_name(request.adapter),
-                **fields(request),
+                **fields(i, request),
             )
             for i, request in enumerate(trace)
         ]
@@ -98,18 +119,20 @@ class Replay:
 
         Raises ReplayError if the engine dies.
         """
-        before, log = self._core.stats(), BatchLog(self._core, self._model)
+        before = self._core.stats()
+        log = BatchLog(self._core, self._model) if isinstance(self._core, EngineCore) else None
         self._origin_s = self._clock.now()
         try:
             while self._num_ended < len(self._trace):
                 self._advance()
         finally:
-            log.close()
+            if log is not None:
+                log.close()
         return ReplayResult(
             outcomes=self._outcomes,
             counters=_counters(before, self._core.stats()),
-            steps=log.summary(),
-            work=log.steps,
+            steps={} if log is None else log.summary(),
+            work=[] if log is None else log.steps,
         )
 
     def _advance(self) -> None:

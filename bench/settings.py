@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")  # that the paper's adapters change
 LENGTHS = (8, 512)  # of prompts and of outputs, [from, to)
 SLO_S = 6.0  # a first token later than this is worth nothing
 
@@ -24,7 +25,7 @@ class Setting:
     name: str
     geometry: str  # of `bench.geometries`; where it is not there, the setting is simulated
     ranks: tuple[int, ...]  # adapter i has ranks[i % len(ranks)]
-    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    modules: tuple[str, ...] = MODULES
     is_replayed: bool = False  # measured on a recorded trace, not on a generated one
 
     def adapter_rank(self, adapter: int) -> int:

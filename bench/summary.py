@@ -29,8 +29,9 @@ def target(
 ) -> dict[str, Any]:
     """An entry for a result's "targets".
 
-    number: of the target in the plan ("1", "6"). limit: what is wanted, at most, or at least if
-    `is_minimum`. floor: what cannot be beaten, in the same unit, where that is known.
+    number: of the target in the plan ("1", "6"; "C1" of its part C). limit: what is wanted, at
+    most, or at least if `is_minimum`. floor: what cannot be beaten, in the same unit, where that
+    is known.
     """
     met = measured >= limit if is_minimum else measured <= limit
     wanted = "at least" if is_minimum else "at most"
@@ -72,7 +73,13 @@ def collect(directory: Path) -> list[dict[str, Any]]:
         for entry in result.get("targets", ()):
             origin = {key: result[key] for key in ("command", "device", "commit")}
             entries.append(entry | origin | {"raw": path.name})
-    return sorted(entries, key=lambda entry: (int(entry["number"]), entry["name"]))
+    return sorted(entries, key=lambda entry: (_place(entry["number"]), entry["name"]))
+
+
+def _place(number: str) -> tuple[str, int]:
+    """Part, then number: "9", "10", "C1"."""
+    part = number.rstrip("0123456789")
+    return part, int(number.removeprefix(part))
 
 
 def table(entries: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from sloraj.adapters.host_store import AdapterVersion
 from sloraj.config import SchedulerConfig, div_ceil
 from sloraj.errors import ContextTooLong, InvalidRequest
 from sloraj.messages import Generate
-from sloraj.request import SamplingParams, Sequence
+from sloraj.request import MAX_PRIORITY, MAX_TENANT_NAME, SamplingParams, Sequence
 
 _PARAM_NAMES = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
@@ -30,6 +30,7 @@ def make_sequences(
 ) -> list[Sequence]:
     """The `params.n` sequences of a request, none of which needs more than the whole pool."""
     params = parse_params(message)
+    _check_standing(message, config.queue.queue_order)
     _check_vocabulary(message.prompt_token_ids, params, config.vocab_size)
     max_output_tokens = _max_output_tokens(len(message.prompt_token_ids), params, version, config)
     stop_ids = frozenset(params.stop_token_ids)
@@ -47,6 +48,9 @@ def make_sequences(
             tag=next_tag(),
             version_id=None if version is None else version.version_id,
             arrival_s=now_s,
+            priority=message.priority,
+            tenant=message.tenant or message.adapter_id or "",
+            adapter_bytes=0 if version is None else version.packed.num_bytes,
         )
         for index in range(params.n)
     ]
@@ -62,6 +66,26 @@ def parse_params(message: Generate) -> SamplingParams:
         return msgspec.convert(message.params, SamplingParams)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"params: {error}", param="params") from None
+
+
+def _check_standing(message: Generate, queue_order: str) -> None:
+    """A priority that nothing would heed is refused, as vLLM does, and not ignored."""
+    if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority: got {message.priority}, allowed: {-MAX_PRIORITY} to {MAX_PRIORITY}",
+            param="priority",
+        )
+    if message.priority and queue_order == "fcfs":
+        raise InvalidRequest(
+            f"priority: got {message.priority}, allowed: 0, unless the engine runs with "
+            "--queue-order priority or vtc",
+            param="priority",
+        )
+    if message.tenant is not None and not 1 <= len(message.tenant) <= MAX_TENANT_NAME:
+        raise InvalidRequest(
+            f"tenant: got {len(message.tenant)} characters, allowed: 1 to {MAX_TENANT_NAME}",
+            param="tenant",
+        )
 
 
 def choice_seed(seed: int | None, request_id: str, index: int) -> int:

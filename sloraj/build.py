@@ -36,12 +36,14 @@ from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, r
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
 from sloraj.model.merge import check_mergeable, merge_adapter
 from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
+from sloraj.model.step import StepSpec
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
+from sloraj.policies.cost import base_bytes
 from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
@@ -242,6 +244,14 @@ def build_runner(
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
         num_adapter_pages=reserved_pages,
         install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
+        queue=config.queue,
+        base_bytes=base_bytes(
+            num_parameters=tp * sum(map(_num_elements, jax.tree.leaves((ends, layers)))),
+            weight_bytes=tp * weight_bytes,
+            token_bytes=tp * plan.page_bytes // config.page_size,
+            itemsize=ITEMSIZE[dtype],
+            max_num_seqs=max_num_seqs,
+        ),
     )
     info = {
         "max_model_len": max_model_len,
@@ -258,6 +268,11 @@ def build_runner(
         "num_programs": runner.num_programs,
     }
     return runner, scheduler_config, layout, info
+
+
+def _num_elements(leaf: jax.Array) -> int:
+    """On one device."""
+    return int(leaf.addressable_shards[0].data.size)
 
 
 def lora_widths(model: ModelConfig, tp: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 
 from sloraj.errors import ConfigError
+from sloraj.policies.cost import BaseBytes
+from sloraj.policies.settings import QueueConfig
 
 CHUNK = 128  # elements; every row of A and B in the pool starts on a chunk
 
@@ -34,13 +36,22 @@ class EngineConfig:
     max_rank: int | None = None  # None: the largest rank among the adapters given, at least 64
     max_adapter_slots: int = 1024  # adapters resident at once; slot 0 (the base) not counted
     max_num_waiting: int = 1024
+    queue_order: str = "fcfs"  # who is admitted next: "fcfs", "priority", "vtc" (fair to tenants)
+    priority_ageing_s: float = 10.0  # waiting so long is worth one level of priority
+    tenant_weights: tuple[tuple[str, float], ...] = ()  # vtc: NAME=SHARE; 1 for all others
+    prompt_token_cost: float = 1.0  # vtc
+    output_token_cost: float = 2.0  # vtc
+    adapter_cost: float = 1.0  # vtc: 0: tokens cost the same with any adapter; 1: as its bytes say
+    adapter_load_cost: float = 20_000.0  # vtc: of as many bytes as the base model's, when loaded
+    cluster_adapters: int | None = None  # above so many running ones, prefer those; None: never
+    cluster_max_overtakes: int = 256  # that one request bears from such preference
+    cluster_max_wait_s: float | None = None  # after which nobody is overtaken so; None: no limit
+    cluster_max_lead: float = 4096.0  # vtc: service by which those preferred may be ahead
     host_adapter_bytes: int | None = None  # None: no limit
     loader_processes: int | None = None  # that read adapters; None: 4 on a GPU, 0 (threads) on CPU
     kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
     adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
-    merged_adapter: str | None = (
-        None  # a directory; added into the base's weights as they are loaded
-    )
+    merged_adapter: str | None = None  # a directory; added into the base's weights at load
     pad_ranks: bool = False  # store and compute every adapter at max_rank; to see what that costs
     checked: bool = False  # compare page owner tags in every step
     compilation_cache_dir: str | None = None  # None: JAX's own, or ~/.cache/sloraj; "": none
@@ -89,6 +100,13 @@ class EngineConfig:
             raise ConfigError(
                 f"dtype: got {self.dtype!r}, allowed: float32, bfloat16, float16", param="dtype"
             )
+        _ = self.queue  # refuses
+
+    @property
+    def queue(self) -> QueueConfig:
+        """The settings of the waiting queue, which have the same names."""
+        names = [field.name for field in dataclasses.fields(QueueConfig)]
+        return QueueConfig(**{name: getattr(self, name) for name in names})
 
 
 def resolve(config: EngineConfig, platform: str) -> EngineConfig:
@@ -154,3 +172,5 @@ class SchedulerConfig:
     token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     num_adapter_pages: int | None = None  # that adapters alone may own; None: all are shared
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind
+    queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
+    base_bytes: BaseBytes = dataclasses.field(default_factory=BaseBytes)

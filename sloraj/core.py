@@ -102,7 +102,7 @@ class EngineCore:
             max_rank=config.max_rank,
             num_usable_pages=self._pool.num_usable,
         )
-        self._scheduler = Scheduler(config, self._pool, self._residency, self._host_store)
+        self._scheduler = Scheduler(config, self._pool, self._residency, self._host_store, clock)
         self._inbox: queue.SimpleQueue[ToEngine | LoadDone] = queue.SimpleQueue()
         self._outbox: list[FromEngine] = []
         self._adapter_calls = AdapterCalls(
@@ -371,6 +371,7 @@ class EngineCore:
             "failed_requests": self._num_failed,
             "aborted_requests": self._num_aborted,
             "is_draining": self._is_draining,
+            "queue": scheduler.queue_stats(),
             "runner": self._runner.stats(),
         }
 

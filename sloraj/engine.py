@@ -86,6 +86,8 @@ class Engine:
         params: SamplingParams | Items[SamplingParams] | None = None,
         adapter: str | Items[str | None] | None = None,
         *,
+        priority: int | Items[int] = 0,
+        tenant: str | Items[str | None] | None = None,
         return_errors: bool = False,
     ) -> list[Completion]:
         """Answer prompts in one batch, as far as it holds them; results in their order.
@@ -94,14 +96,25 @@ class Engine:
             prompts: one, or a list; a list of integers is one prompt of token ids.
             params: for all, or one each. adapter: a name or None (the base model) for all, or one
             each. One prompt with a list of params or adapters is asked once for each.
+            priority, tenant: for all, or one each. The lower priority is served the earlier (needs
+            queue_order "priority" or "vtc"); the tenant is to whose account "vtc" puts it, None:
+            the adapter's name, or the base model's.
             return_errors: put a failure into its own `Completion.error` instead of raising the
             first.
         Raises: SlorajError. The other requests are then dropped.
         """
-        return self._runner.run_all(_align(prompts, params, adapter), return_errors=return_errors)
+        return self._runner.run_all(
+            _align(prompts, params, adapter, priority, tenant), return_errors=return_errors
+        )
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> CompletionStream:
         """Answer one prompt piece by piece. The request starts now; closing the iterator drops it.
 
@@ -110,7 +123,9 @@ class Engine:
 
         Raises: SlorajError, here or from the iterator.
         """
-        return CompletionStream(self._runner, Job(prompt, params or SamplingParams(), adapter))
+        return CompletionStream(
+            self._runner, Job(prompt, params or SamplingParams(), adapter, priority, tenant)
+        )
 
     def load_adapter(
         self, adapter_id: str, path: Path, *, replace: bool = False, pinned: bool = False
@@ -146,6 +161,8 @@ def _align(
     prompts: Prompt | Items[Prompt],
     params: SamplingParams | Items[SamplingParams] | None,
     adapter: str | Items[str | None] | None,
+    priority: int | Items[int],
+    tenant: str | Items[str | None] | None,
 ) -> list[Job]:
     """One job a row; a column of one serves all rows. Raises InvalidRequest."""
     is_one_prompt = isinstance(prompts, str) or (
@@ -157,6 +174,8 @@ def _align(
         if params is None or isinstance(params, SamplingParams)
         else list(params),
         "adapter": [adapter] if adapter is None or isinstance(adapter, str) else list(adapter),
+        "priority": [priority] if isinstance(priority, int) else list(priority),
+        "tenant": [tenant] if tenant is None or isinstance(tenant, str) else list(tenant),
     }
     num_jobs = max(map(len, columns.values())) if columns["prompts"] else 0
     for name, column in columns.items():

@@ -87,6 +87,8 @@ class Frontend:
         *,
         add_special_tokens: bool = True,
         allow_special: bool = False,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> int:
         """See FrontendApi. No seed becomes a random one, no max_tokens what the context leaves."""
         ids = check_prompt(
@@ -108,6 +110,8 @@ class Frontend:
             prompt_token_ids=ids,
             params=dataclasses.asdict(params),
             adapter_id=adapter_id,
+            priority=priority,
+            tenant=tenant or adapter_id or self._info.model_id,
         )
         try:
             self._send(message)

@@ -133,12 +133,15 @@ class FrontendApi(Protocol):
         *,
         add_special_tokens: bool = True,
         allow_special: bool = False,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> int:
         """Start a request and return its number of prompt tokens.
 
-        `adapter_id` None is the base model. Raises InvalidRequest, ContextTooLong or
-        EngineUnavailable at once; AdapterNotFound, QueueFull and later failures arrive as
-        RequestOutput.error.
+        `adapter_id` None is the base model. The lower `priority` is served the earlier. `tenant` is
+        to whose account it goes; None: the adapter's name, or the base model's. Raises
+        InvalidRequest, ContextTooLong or EngineUnavailable at once; AdapterNotFound, QueueFull and
+        later failures arrive as RequestOutput.error.
         """
 
     def abort(self, request_id: str) -> None:

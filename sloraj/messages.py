@@ -22,13 +22,16 @@ class _Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Generate(_Message, frozen=True):
     """Start a request. `params` holds the fields of SamplingParams; `params["seed"]` is resolved.
 
-    `adapter_id` None is the base model. Failures come back as RequestFailed, never as an exception.
+    `adapter_id` None is the base model. `tenant` None: the adapter's name is the tenant.
+    Failures come back as RequestFailed, never as an exception.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: dict[str, Any]
     adapter_id: str | None = None
+    priority: int = 0
+    tenant: str | None = None
 
 
 class Abort(_Message, frozen=True):

@@ -19,11 +19,13 @@ OnOutput = Callable[[RequestOutput], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One request: prompt, parameters, adapter (None: the base model)."""
+    """One request: prompt, parameters, adapter (None: the base model), and its standing."""
 
     prompt: Prompt
     params: SamplingParams
     adapter_id: str | None
+    priority: int = 0
+    tenant: str | None = None
 
 
 class Window:
@@ -97,8 +99,9 @@ class JobRunner:
         running = Running(self, job, deliver)
         try:
             self.frontend.submit(
-                running.request_id, job.prompt, job.params, job.adapter_id, running.on_output
-            )
+                running.request_id, job.prompt, job.params, job.adapter_id, running.on_output,
+                priority=job.priority, tenant=job.tenant,
+            )  # fmt: skip
         except BaseException:
             running.leave()
             raise

@@ -13,6 +13,8 @@ MAX_N = 16
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
+MAX_PRIORITY = 1000  # and as much below 0
+MAX_TENANT_NAME = 256
 
 
 def _require(holds: bool, param: str, got: Any, allowed: str) -> None:
@@ -126,6 +128,9 @@ class Sequence:
     tag: int  # owner tag of its pages; unique among sequences and adapter versions, never 0
     version_id: str | None  # adapter version held by lease; None is the base model
     arrival_s: float
+    priority: int = 0  # the lower is served the earlier
+    tenant: str = ""  # to whose account it goes
+    adapter_bytes: int = 0  # of its adapter version
     output_token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed_tokens: int = 0
     num_in_flight: int = 0
@@ -148,6 +153,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return self.num_known_tokens + self.num_in_flight
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens without KV, the one in flight included."""
+        return self.num_tokens - self.num_computed_tokens
 
     def token_id(self, position: int) -> int:
         """The id at a position the host knows."""

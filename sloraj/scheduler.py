@@ -14,6 +14,8 @@ been read; one whose last token is in flight makes room at once.
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -31,8 +33,7 @@ from sloraj.config import SchedulerConfig
 from sloraj.errors import InternalError
 from sloraj.holdings import Holdings
 from sloraj.pages import PagePool
-from sloraj.policies.order import FirstComeFirstServed
-from sloraj.policies.waiting import WaitingQueue
+from sloraj.policies.waiting import make_queue
 from sloraj.request import Sequence, SequenceState
 from sloraj.step_plan import Chunk, Plan
 from sloraj.token_budget import cut_to_bucket
@@ -55,12 +56,17 @@ class Scheduler:
     """Owns the queues and, through `Holdings`, all that sequences hold."""
 
     def __init__(
-        self, config: SchedulerConfig, pool: PagePool, residency: Residency, host_store: HostStore
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        residency: Residency,
+        host_store: HostStore,
+        clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._residency = residency
         self._holdings = Holdings(config, pool, residency, host_store)
-        self._waiting = WaitingQueue(FirstComeFirstServed())
+        self._waiting = make_queue(config.queue, config.base_bytes, clock, self._loaded_bytes)
         self._running: list[Sequence] = []  # in the order of their admission
         self._sent: list[AdapterInstall] = []  # by the last step, for the next one to install
         self._num_enqueued = 0  # steps scheduled and not yet given to `update`
@@ -76,6 +82,9 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    def queue_stats(self) -> dict[str, Any]:
+        return self._waiting.stats()
 
     @property
     def is_idle(self) -> bool:
@@ -132,7 +141,7 @@ class Scheduler:
     def _token_budget(self, num_decoding: int, prefilling: list[Sequence]) -> int:
         """Tokens to compute in this step: all that are wanted and may be, or fewer: see there."""
         limit = self._config.max_num_batched_tokens
-        wanted = num_decoding + sum(map(_num_missing_tokens, prefilling))
+        wanted = num_decoding + sum(s.num_missing_tokens for s in prefilling)
         for sequence in self._waiting.in_order(self._holdings.num_free_rows):
             if wanted >= limit:
                 break
@@ -146,7 +155,7 @@ class Scheduler:
         oldest first: so none that is planned here is preempted afterwards.
         """
         for sequence in wanting:
-            num_tokens = min(_num_missing_tokens(sequence), plan.budget)
+            num_tokens = min(sequence.num_missing_tokens, plan.budget)
             if num_tokens == 0 or sequence.state is not SequenceState.RUNNING:
                 continue
             self._extend(sequence, sequence.num_computed_tokens + num_tokens)
@@ -162,11 +171,16 @@ class Scheduler:
                 return  # all others were admitted before it, and keep what they have
 
     def _plan_waiting(self, plan: Plan) -> None:
+        self._waiting.start_pass()
         while self._holdings.num_free_rows and plan.budget:
             sequence = self._waiting.first()
-            if sequence is None or sequence.num_in_flight or not self._admit(sequence, plan):
+            if sequence is None:
                 break
-            num_tokens = min(_num_missing_tokens(sequence), plan.budget)
+            if sequence.num_in_flight or not self._admit(sequence, plan):
+                if self._waiting.pass_over():
+                    continue
+                break
+            num_tokens = min(sequence.num_missing_tokens, plan.budget)
             plan.add(Chunk(sequence, num_tokens, is_reset=True))
 
     def _plan_sends(self, plan: Plan) -> None:
@@ -194,13 +208,12 @@ class Scheduler:
         num_pages = self._holdings.num_pages_for(sequence.num_tokens) + len(self._running)
         if not self._residency.fits(version, num_pages):
             return False
-        loaded_bytes = 0
         if version is not None:
             num_install_pages = self._residency.missing_pages(version)
             total = plan.num_install_pages + num_install_pages
             if num_install_pages and plan.installs and total > self._config.install_pages_per_step:
                 return False
-            loaded_bytes = self._residency.unused_bytes(version)
+        loaded_bytes = self._loaded_bytes(sequence)
         install = self._holdings.give(sequence)
         if install is not None:
             plan.installs.append(install)
@@ -211,33 +224,25 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         return True
 
+    def _loaded_bytes(self, sequence: Sequence) -> int:
+        """Bytes of its adapter that the device has, or would get, for this sequence alone."""
+        version = self._holdings.version_of(sequence)
+        return 0 if version is None else self._residency.unused_bytes(version)
+
     def _commit(self, plan: Plan) -> ScheduledBatch:
         chunks = sorted(plan.chunks, key=lambda chunk: chunk.num_tokens > 1)
         rows = tuple(self._commit_row(chunk) for chunk in chunks)
+        self._waiting.sampled(row.sequence for row in rows if row.samples)
         self.num_steps += 1
         self._num_enqueued += 1
         installs, self._sent = (*self._sent, *plan.installs), plan.sends
         return ScheduledBatch(self.num_steps, rows, installs, tuple(plan.sends))
 
     def _commit_row(self, chunk: Chunk) -> ScheduledRow:
-        sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
-        assert sequence.row is not None
-        version = self._holdings.version_of(sequence)
-        row = ScheduledRow(
-            sequence=sequence,
-            row=sequence.row,
-            slot=sequence.slot,
-            adapter_tag=0 if version is None else version.tag,
-            start=start,
-            num_tokens=chunk.num_tokens,
-            first_new_page=self._holdings.num_pages_for(start),
-            is_reset=chunk.is_reset,
-            samples=start + chunk.num_tokens == sequence.num_tokens,
-        )
+        sequence = chunk.sequence
+        row = chunk.row(self._holdings.version_of(sequence), self._config.page_size)
         sequence.num_computed_tokens += chunk.num_tokens
         sequence.num_in_flight += row.samples
-        if row.samples:
-            self._waiting.sampled(sequence)
         self.num_computed_tokens += chunk.num_tokens
         return row
 
@@ -303,8 +308,3 @@ class Scheduler:
             raise InternalError(f"wanted: {self._residency.wanted} counted, {wanted} wait")
         self._holdings.check_integrity(self._running)
         self._waiting.check_integrity(self._running)
-
-
-def _num_missing_tokens(sequence: Sequence) -> int:
-    """Tokens without KV, the one in flight included."""
-    return sequence.num_tokens - sequence.num_computed_tokens

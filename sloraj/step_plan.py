@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from sloraj.batch import AdapterInstall
+from sloraj.adapters.host_store import AdapterVersion
+from sloraj.batch import AdapterInstall, ScheduledRow
+from sloraj.config import div_ceil
 from sloraj.request import Sequence
 
 
@@ -15,6 +17,21 @@ class Chunk:
     sequence: Sequence
     num_tokens: int
     is_reset: bool  # its row is new
+
+    def row(self, version: AdapterVersion | None, page_size: int) -> ScheduledRow:
+        sequence, start = self.sequence, self.sequence.num_computed_tokens
+        assert sequence.row is not None
+        return ScheduledRow(
+            sequence=sequence,
+            row=sequence.row,
+            slot=sequence.slot,
+            adapter_tag=0 if version is None else version.tag,
+            start=start,
+            num_tokens=self.num_tokens,
+            first_new_page=div_ceil(start, page_size),
+            is_reset=self.is_reset,
+            samples=start + self.num_tokens == sequence.num_tokens,
+        )
 
 
 @dataclasses.dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from sloraj.request import Sequence
@@ -25,22 +25,34 @@ class Order(Protocol):
     def remove(self, sequence: Sequence) -> None:
         """One goes without having been admitted."""
 
-    def first(self) -> Sequence | None:
-        """Whose turn it is; None if none waits."""
+    def start_pass(self) -> None:
+        """The scheduler begins to admit for one step."""
 
-    def in_order(self) -> Iterator[Sequence]:
-        """All of them as they would be admitted, were there room for all; lazily, changing
-        nothing. Nothing else may be called meanwhile.
+    def first(self) -> Sequence | None:
+        """Who is to be admitted next; None if none waits."""
+
+    def pass_over(self) -> bool:
+        """What `first` said does not fit: whether it now says another in this pass."""
+
+    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+        """All of them as they would be admitted after the paused ones `resumed`, were there room
+        for all; lazily, changing nothing. Nothing else may be called meanwhile.
         """
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
         """`first` was admitted, and `loaded_bytes` of its adapter are sent to the device for it."""
 
-    def sampled(self, sequence: Sequence) -> None:
-        """An enqueued step samples a token of a running sequence."""
+    def sampled(self, sequences: Iterable[Sequence]) -> None:
+        """A step that samples a token of each of these running sequences is enqueued."""
 
-    def finish(self, sequence: Sequence) -> None:
-        """A sequence that was admitted has ended, however that came about."""
+    def pause(self, sequence: Sequence) -> None:
+        """A running sequence was preempted."""
+
+    def resume(self, sequence: Sequence) -> None:
+        """It runs again."""
+
+    def finish(self, sequence: Sequence, *, was_running: bool) -> None:
+        """A sequence that was admitted has ended, however that came about, running or paused."""
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name: at most a few dozen, whatever the traffic."""
@@ -67,20 +79,32 @@ class FirstComeFirstServed:
     def remove(self, sequence: Sequence) -> None:
         self._sequences.remove(sequence)
 
+    def start_pass(self) -> None:
+        """All passes are alike."""
+
     def first(self) -> Sequence | None:
         return self._sequences[0] if self._sequences else None
 
-    def in_order(self) -> Iterator[Sequence]:
+    def pass_over(self) -> bool:
+        return False
+
+    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
         return iter(self._sequences)
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
         head = self._sequences.popleft()
         assert head is sequence
 
-    def sampled(self, sequence: Sequence) -> None:
+    def sampled(self, sequences: Iterable[Sequence]) -> None:
         """Nothing is charged."""
 
-    def finish(self, sequence: Sequence) -> None:
+    def pause(self, sequence: Sequence) -> None:
+        """Nothing is remembered."""
+
+    def resume(self, sequence: Sequence) -> None:
+        """Nothing is remembered."""
+
+    def finish(self, sequence: Sequence, *, was_running: bool) -> None:
         """Nothing is remembered."""
 
     def stats(self) -> dict[str, Any]:

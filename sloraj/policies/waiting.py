@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from sloraj.errors import InternalError
-from sloraj.policies.order import Order
+from sloraj.policies.cost import BaseBytes, ServiceCost
+from sloraj.policies.order import FirstComeFirstServed, Order
+from sloraj.policies.ranked import LoadedBytes, RankedOrder
+from sloraj.policies.settings import QueueConfig
 from sloraj.request import Sequence
 
 
@@ -41,46 +44,57 @@ class WaitingQueue:
         """One is dropped while it waits."""
         if sequence.admission:
             self._preempted.remove(sequence)
-            self._order.finish(sequence)
+            self._order.finish(sequence, was_running=False)
         else:
             self._order.remove(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """The running sequence that was admitted last gives way: nobody's turn is before its."""
         self._preempted.appendleft(sequence)
+        self._order.pause(sequence)
+
+    def start_pass(self) -> None:
+        """The scheduler begins to admit for one step."""
+        self._order.start_pass()
 
     def first(self) -> Sequence | None:
-        """Whose turn it is; None if none waits."""
+        """Who is to be admitted next; None if none waits."""
         return self._preempted[0] if self._preempted else self._order.first()
+
+    def pass_over(self) -> bool:
+        """What `first` said cannot run yet: whether it now says another in this pass."""
+        return not self._preempted and self._order.pass_over()
 
     def in_order(self, limit: int) -> Iterator[Sequence]:
         """At most `limit` sequences as they would be admitted, were there room for all.
 
         Lazily; the queue must not be changed meanwhile.
         """
-        ahead = itertools.islice(self._preempted, limit)
-        return itertools.islice(itertools.chain(ahead, self._order.in_order()), limit)
+        new = self._order.in_order(self._preempted)
+        return itertools.islice(itertools.chain(self._preempted, new), limit)
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
         """`first` runs now; `loaded_bytes` of its adapter are sent to the device for it."""
         if sequence.admission:  # what it was charged for was lost through no doing of its own
             head = self._preempted.popleft()
             assert head is sequence
+            self._order.resume(sequence)
         else:
             self._num_admitted += 1
             sequence.admission = self._num_admitted
             self._order.admit(sequence, loaded_bytes)
 
-    def sampled(self, sequence: Sequence) -> None:
-        """An enqueued step samples a token of a running sequence."""
-        self._order.sampled(sequence)
+    def sampled(self, sequences: Iterable[Sequence]) -> None:
+        """A step that samples a token of each of these running sequences is enqueued."""
+        self._order.sampled(sequences)
 
     def finish(self, sequence: Sequence) -> None:
         """A running sequence has ended, however that came about."""
-        self._order.finish(sequence)
+        self._order.finish(sequence, was_running=True)
 
     def stats(self) -> dict[str, Any]:
-        return self._order.stats()
+        """Counters and gauges by name."""
+        return {"admissions": self._num_admitted, **self._order.stats()}
 
     def check_integrity(self, running: list[Sequence]) -> None:
         """Raise InternalError unless running and preempted sequences are in the order of their
@@ -94,3 +108,17 @@ class WaitingQueue:
         if any(s.pages or s.row is not None for s in self):
             raise InternalError("a waiting sequence owns pages or a row")
         self._order.check_integrity()
+
+
+def make_queue(
+    settings: QueueConfig,
+    base: BaseBytes,
+    clock: Callable[[], float],
+    loaded_bytes: LoadedBytes,
+) -> WaitingQueue:
+    """The queue that the settings ask for. `loaded_bytes` says what a sequence would bring to the
+    device, if it were admitted now.
+    """
+    if settings.queue_order == "fcfs" and settings.cluster_adapters is None:
+        return WaitingQueue(FirstComeFirstServed())
+    return WaitingQueue(RankedOrder(settings, ServiceCost(settings, base), clock, loaded_bytes))

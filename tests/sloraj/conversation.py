@@ -84,6 +84,8 @@ class Conversation:
         params: dict[str, Any],
         adapter_id: str | None,
         request_id: str | None = None,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> str:
         request_id = request_id or f"r{next(self._ids)}"
         self.core.submit(
@@ -92,6 +94,8 @@ class Conversation:
                 prompt_token_ids=prompt,
                 params=params,
                 adapter_id=adapter_id,
+                priority=priority,
+                tenant=tenant,
             )
         )
         return request_id

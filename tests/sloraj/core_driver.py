@@ -76,10 +76,13 @@ class CoreDriver(Conversation):
         prompt: list[int],
         adapter_id: str | None = None,
         request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
         **params: Any,
     ) -> str:
         params = {"temperature": 0.0, "ignore_eos": True, **params}
-        return self.submit(prompt, params, adapter_id, request_id)
+        return self.submit(prompt, params, adapter_id, request_id, priority, tenant)
 
     def loaded(self, adapter_id: str, path: str, **options: Any) -> dict[str, Any]:
         """Load, and see that it worked."""

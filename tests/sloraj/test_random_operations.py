@@ -14,6 +14,8 @@ import pytest
 
 from sloraj.errors import AdapterBusy, AdapterExists, AdapterNotFound
 from sloraj.messages import Abort
+from sloraj.policies.cost import BaseBytes
+from sloraj.policies.settings import QueueConfig
 from tests.sloraj.core_driver import EOS, CoreDriver
 
 NUM_OPERATIONS = 120_000
@@ -40,6 +42,16 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "room for all": {"num_pages": 120, "max_num_seqs": 8, "max_adapter_slots": 16},
 }
+CLUSTERED = {"cluster_adapters": 1, "cluster_max_overtakes": 6, "cluster_max_wait_s": 0.5}
+POLICIES: dict[str, dict[str, Any]] = {
+    "fcfs": {},
+    "fcfs, clustered": CLUSTERED,
+    "priority": {"queue_order": "priority", "priority_ageing_s": 0.1},
+    "priority, clustered": {"queue_order": "priority", **CLUSTERED},
+    "vtc": {"queue_order": "vtc", "tenant_weights": (("t0", 2.0), ("a", 0.5))},
+    "vtc, clustered": {"queue_order": "vtc", "cluster_max_lead": 20.0, **CLUSTERED},
+}
+BASE_BYTES = BaseBytes(weights=160, row=80)
 
 
 class _Traffic:
@@ -85,7 +97,11 @@ class _Traffic:
             "temperature": self.random.choice([0.0, 1.0]),
             "seed": self.random.randrange(100),
         }
-        request_id = self.driver.generate(prompt, name, **params)
+        standing: dict[str, Any] = {}
+        if self.driver.config.queue.queue_order != "fcfs":
+            standing["priority"] = self.random.choice([0, 0, 1, -3])
+            standing["tenant"] = self.random.choice([None, "t0", "t1", f"t{len(self.open)}"])
+        request_id = self.driver.generate(prompt, name, **params, **standing)
         if name is None or name in self.loaded:
             self.open[request_id] = (prompt, 0 if name is None else self.loaded[name], params)
         else:
@@ -168,12 +184,15 @@ class _Traffic:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_random_operations_lose_nothing_and_change_no_answer(
-    geometry: str, monkeypatch: pytest.MonkeyPatch
+    geometry: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
-    num_operations = NUM_OPERATIONS // len(GEOMETRIES) + 1
-    traffic = _Traffic(list(GEOMETRIES).index(geometry), GEOMETRIES[geometry])
+    num_operations = NUM_OPERATIONS // len(GEOMETRIES) // (1 if policy == "fcfs" else 8) + 1
+    queue = QueueConfig(**POLICIES[policy])
+    changes = {**GEOMETRIES[geometry], "queue": queue, "base_bytes": BASE_BYTES}
+    traffic = _Traffic(list(GEOMETRIES).index(geometry), changes)
     for _ in range(num_operations):
         traffic.operate()
     traffic.finish_loads()
@@ -192,4 +211,7 @@ def test_random_operations_lose_nothing_and_change_no_answer(
     assert (traffic.num_too_large > 0) == (geometry == "tiny pool")
     assert (stats["preemptions"] > 0) == (geometry not in ("one row", "room for all"))
     assert (stats["adapter_evictions"] > 0) == (geometry != "room for all")
-    assert traffic.driver.runner.num_sends > 0
+    if policy == "fcfs" or geometry != "one slot":
+        assert traffic.driver.runner.num_sends > 0
+    if queue.queue_order != "fcfs" or (policy != "fcfs" and geometry != "one row"):
+        assert stats["queue"]["overtakes"] > 0

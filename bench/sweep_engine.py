@@ -1,0 +1,192 @@
+"""One started engine, and any number of cores on its runner: what the points of a sweep run on.
+
+A core starts from nothing (no adapter on the device, an empty queue), and the device needs no reset
+between two. So a point gets its own pages, split and policies without a start of its own; a cap of
+device memory is a core that is given fewer pages than the runner has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench.adapter_files import write_adapters
+from bench.geometries import write_geometry
+from bench.points import EngineSpec, Point
+from bench.random_adapters import random_adapter_loader, random_path
+from bench.replay import default_adapter_name
+from bench.settings import SETTINGS
+from bench.step_floor import matmul_shapes
+from checkpoints.demo import MODEL_DIR
+from checkpoints.hf_config import read_model_config
+from checkpoints.model_config import ModelConfig
+from sloraj.adapters.layout import Allocate
+from sloraj.adapters.loader import NUM_THREADS
+from sloraj.batch import PackedAdapter
+from sloraj.build import build_core
+from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
+from sloraj.core import EngineCore
+from sloraj.runner import DeviceRunner
+from sloraj.runner.memory import ITEMSIZE
+
+WORKSPACE_BYTES = 2_500_000_000  # of a capped total, what is neither weights nor pool
+
+Loaded = tuple[PackedAdapter, dict[str, Any]]
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Of the base model in two bytes an element; norms are left out."""
+    layers = config.num_layers * sum(a * b for a, b in matmul_shapes(config))
+    ends = 1 if config.tie_word_embeddings else 2
+    return 2 * (layers + ends * config.vocab_size * config.hidden_size)
+
+
+def capped_pool_bytes(config: ModelConfig, total_gb: float) -> int:
+    """What a device of so many GB leaves for the pool. Raises ValueError if that is nothing."""
+    left = int(total_gb * 1e9) - weight_bytes(config) - WORKSPACE_BYTES
+    if left <= 0:
+        raise ValueError(
+            f"{total_gb:g} GB: got {weight_bytes(config) / 1e9:.1f} GB of weights and "
+            f"{WORKSPACE_BYTES / 1e9:.1f} GB of workspace, allowed: less than the total"
+        )
+    return left
+
+
+class SweepEngine:
+    """The engine of a spec, started, and the adapters in host memory that points share."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        scratch: Path,
+        *,
+        cache_dir: str | None = None,
+        on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> None:
+        """scratch: an empty folder for files that the engine starts from."""
+        self.spec = spec
+        self._loaders: dict[bool, Callable[[str], Loaded]] = {}
+        self._packed: dict[tuple[str, bool], Loaded] = {}
+        self._executor = ThreadPoolExecutor(NUM_THREADS)
+        started = time.perf_counter()
+        is_demo = spec.geometry == "demo"
+        model = str(MODEL_DIR) if is_demo else write_geometry(spec.geometry, scratch / "model")
+        self.model = read_model_config(model)
+        merged = None
+        if spec.merged_rank is not None:
+            merged = write_adapters(scratch, self.model, [spec.merged_rank], 1)[0]
+        self._engine_config = EngineConfig(
+            model=model, served_model_name=spec.geometry, random_weights=not is_demo,
+            merged_adapter=merged, kernels=spec.kernels, pool_bytes=spec.pool_bytes,
+            max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens,
+            max_rank=spec.max_rank, max_adapter_slots=spec.max_adapter_slots,
+            max_model_len=spec.max_model_len, max_num_waiting=1 << 20, loader_processes=0,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            compilation_cache_dir=cache_dir,
+        )  # fmt: skip
+        core, self.info = build_core(
+            self._engine_config, on_progress, make_loader=self._make_loader
+        )
+        assert isinstance(core._runner, DeviceRunner)
+        self._runner, self._config = core._runner, core._config
+        self.startup_s = time.perf_counter() - started
+
+    def _make_loader(
+        self, model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate
+    ) -> Callable[[str], Loaded]:
+        self.page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+        for is_padded in (False, True):
+            padded = dataclasses.replace(layout, padded_rank=max_rank if is_padded else None)
+            self._loaders[is_padded] = random_adapter_loader(model, padded, max_rank, allocate)
+        return self._loaders[False]
+
+    @property
+    def device(self) -> str:
+        return str(self.info["device"])
+
+    def num_pages(self, point: Point) -> int:
+        """Of the pool that the point's core is given, the null page included."""
+        if point.pool_pages is not None:
+            wanted = point.pool_pages
+        elif point.pool_gb is not None:
+            wanted = capped_pool_bytes(self.model, point.pool_gb) // self.page_bytes
+        else:
+            return self._config.num_pages
+        if wanted > self._config.num_pages:
+            raise ValueError(
+                f"{point.pool}: got {wanted} pages, allowed: at most the device's "
+                f"{self._config.num_pages}"
+            )
+        return wanted
+
+    def core(self, point: Point) -> EngineCore:
+        """A new core as the point wants it, with its adapters registered and none on the device."""
+        gc.collect()  # of the core before: it holds adapters
+        self._runner._staged.clear()  # what it sent and never installed; tags start anew
+        num_pages = self.num_pages(point)
+        config = dataclasses.replace(
+            with_policies(self._config, self._engine_config, dict(point.policies)),
+            num_pages=num_pages,
+        )
+        if point.adapter_share is not None:
+            share = int(point.adapter_share * (num_pages - 1))
+            config = dataclasses.replace(config, num_adapter_pages=share)
+        adapters = adapter_paths(point)
+        wanted = {(path, point.pad_ranks) for _, path in adapters}
+        self._packed = {key: value for key, value in self._packed.items() if key in wanted}
+        core = EngineCore(
+            config, self._runner, lambda path: self._load(path, point.pad_ranks),
+            loader_executor=self._executor,
+        )  # fmt: skip
+        core.preload(adapters, lambda done: None)
+        gc.collect()  # now, and not in a step
+        return core
+
+    def _load(self, path: str, is_padded: bool) -> Loaded:
+        """From several threads at once, but never twice for one path."""
+        key = (path, is_padded)
+        if key not in self._packed:
+            self._packed[key] = self._loaders[is_padded](path)
+        return self._packed[key]
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def adapter_paths(point: Point) -> list[tuple[str, str]]:
+    """(name, path) of the point's adapters."""
+    setting = SETTINGS[point.setting]
+    return [
+        (default_adapter_name(i), random_path(setting.adapter_rank(i), i, point.modules))
+        for i in range(point.num_adapters)
+    ]
+
+
+def with_policies(
+    config: SchedulerConfig, engine: EngineConfig, changes: Mapping[str, Any]
+) -> SchedulerConfig:
+    """The scheduler's configuration after these fields of EngineConfig have changed.
+
+    Raises ValueError: a change that the scheduler's side never sees, or no field's name.
+    """
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"policies: got {name!r}, allowed: a field of EngineConfig")
+    changed = dataclasses.replace(engine, **changes)
+    seen = {
+        field.name: getattr(changed, field.name)
+        for field in dataclasses.fields(SchedulerConfig)
+        if hasattr(changed, field.name)
+        and getattr(changed, field.name) != getattr(engine, field.name)
+    }
+    if changed != engine and not seen:
+        raise ValueError(
+            f"policies: got {sorted(changes)}, allowed: fields that the scheduler sees"
+        )
+    return dataclasses.replace(config, **seen)

@@ -1,0 +1,196 @@
+"""The orders that look at more than arrival: priority, fair between tenants, and clustering.
+
+priority   the lower value first; waiting `priority_ageing_s` counts as one level, so the order of
+           two sequences never changes, and nobody waits for ever.
+vtc        the tenant that was served least first (`tenants.py`); among its own, as by priority.
+clustering on top of any order, first come first served included (`clustering.py`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from sloraj.errors import InternalError
+from sloraj.policies.clustering import Clustering, ClusteringAhead
+from sloraj.policies.cost import ServiceCost
+from sloraj.policies.ranking import Account, Ranking
+from sloraj.policies.settings import QueueConfig
+from sloraj.policies.tenants import Tenants
+from sloraj.policies.walk import Walk
+from sloraj.request import Sequence
+
+LoadedBytes = Callable[[Sequence], int]
+
+
+class RankedOrder:
+    """Implements `Order`. `loaded_bytes` says what a sequence would bring to the device, if it were
+    admitted now.
+    """
+
+    def __init__(
+        self,
+        settings: QueueConfig,
+        cost: ServiceCost,
+        clock: Callable[[], float],
+        loaded_bytes: LoadedBytes,
+    ) -> None:
+        self._settings = settings
+        self._cost = cost
+        self._loaded_bytes = loaded_bytes
+        self._ranking = Ranking()
+        self._arrivals: OrderedDict[Sequence, Account] = OrderedDict()
+        self._everyone = Account("")  # without tenants
+        is_fair = settings.queue_order == "vtc"
+        self._tenants = Tenants(settings.tenant_weights, self._ranking) if is_fair else None
+        self._admitted: dict[Sequence, tuple[Account, float]] = {}  # and what a token costs it
+        is_clustered = settings.cluster_adapters is not None
+        self._clustering = Clustering(settings, clock) if is_clustered else None
+        self._is_in_turn = False  # the rest of this pass takes nobody out of turn
+        self._is_out_of_turn = False  # what `first` said last
+        self._num_overtakes = 0
+
+    def __len__(self) -> int:
+        return len(self._arrivals)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._arrivals)
+
+    # --- who waits ---
+
+    def add(self, sequence: Sequence) -> None:
+        tenants = self._tenants
+        account = self._everyone if tenants is None else tenants.arrive(sequence.tenant)
+        score = self._score(sequence)
+        self._arrivals[sequence] = account
+        self._ranking.add(account, score, sequence)
+        if self._clustering is not None:
+            self._clustering.add(account, score, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._leave(sequence, is_admitted=False)
+
+    def _leave(self, sequence: Sequence, *, is_admitted: bool) -> Account:
+        account = self._arrivals.pop(sequence)
+        self._ranking.remove(account, self._score(sequence), sequence)
+        if self._clustering is not None:
+            self._clustering.remove(sequence)
+        if self._tenants is not None:
+            self._tenants.leave(account, is_admitted=is_admitted)
+        return account
+
+    def _score(self, sequence: Sequence) -> float:
+        """Within an account, the lower first; equal ones in the order of arrival."""
+        if self._settings.queue_order == "fcfs":
+            return 0.0
+        return sequence.arrival_s + sequence.priority * self._settings.priority_ageing_s
+
+    # --- whose turn it is ---
+
+    def start_pass(self) -> None:
+        self._is_in_turn = False
+
+    def first(self) -> Sequence | None:
+        head = self._ranking.first()
+        self._is_out_of_turn = False
+        if head is None:
+            return None
+        if self._clustering is None or self._is_in_turn:
+            return head[2]
+        sequence = self._clustering.choose(head)
+        self._is_out_of_turn = sequence is not head[2]
+        return sequence
+
+    def pass_over(self) -> bool:
+        self._is_in_turn = self._is_out_of_turn
+        return self._is_out_of_turn
+
+    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+        counters: dict[Account, float] = {}
+        taken: set[Sequence] = set()
+        loaded = {sequence.version_id for sequence in resumed}
+        walk = Walk(self._ranking, counters, taken)
+        ahead = None
+        if self._clustering is not None:
+            ahead = ClusteringAhead(self._clustering, counters, taken)
+            for version_id in loaded:
+                ahead.start(version_id)
+        while (head := walk.peek()) is not None:
+            sequence = head[2] if ahead is None else ahead.choose(head)
+            taken.add(sequence)
+            if self._tenants is not None:
+                account = self._arrivals[sequence]
+                is_loaded = sequence.version_id in loaded
+                charge = self._admission_cost(
+                    sequence, 0 if is_loaded else self._loaded_bytes(sequence)
+                )
+                loaded.add(sequence.version_id)
+                counter = counters.get(account, account.counter)
+                counters[account] = counter + charge / account.weight
+            yield sequence
+
+    # --- who is served ---
+
+    def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
+        head = self._ranking.first()
+        assert head is not None
+        self._num_overtakes += sequence is not next(iter(self._arrivals))
+        if self._clustering is not None:
+            self._clustering.admitted(sequence, head)
+            self._clustering.start(sequence.version_id)
+        account = self._leave(sequence, is_admitted=True)
+        if self._tenants is not None:
+            account.counter += self._admission_cost(sequence, loaded_bytes) / account.weight
+            token_cost = self._cost.output_token(sequence.adapter_bytes) / account.weight
+            self._admitted[sequence] = (account, token_cost)
+
+    def _admission_cost(self, sequence: Sequence, loaded_bytes: int) -> float:
+        prompt = self._cost.prompt(sequence.num_prompt_tokens, sequence.adapter_bytes)
+        return prompt + self._cost.load(loaded_bytes)
+
+    def sampled(self, sequences: Iterable[Sequence]) -> None:
+        if self._tenants is not None:
+            admitted = self._admitted
+            for sequence in sequences:
+                account, token_cost = admitted[sequence]
+                account.counter += token_cost
+
+    def pause(self, sequence: Sequence) -> None:
+        if self._clustering is not None:
+            self._clustering.stop(sequence.version_id)
+
+    def resume(self, sequence: Sequence) -> None:
+        if self._clustering is not None:
+            self._clustering.start(sequence.version_id)
+
+    def finish(self, sequence: Sequence, *, was_running: bool) -> None:
+        if self._clustering is not None and was_running:
+            self._clustering.stop(sequence.version_id)
+        if self._tenants is not None:
+            account, _ = self._admitted.pop(sequence)
+            self._tenants.finish(account)
+
+    # --- what it comes to ---
+
+    def stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = {"overtakes": self._num_overtakes}
+        if self._clustering is not None:
+            stats["clustered_admissions"] = self._clustering.num_overtakes
+            stats["wait_bound_admissions"] = self._clustering.num_held
+        if self._tenants is not None:
+            stats["tenants"] = len(self._tenants)
+            stats["tenants_waiting"] = self._tenants.num_waiting
+            stats["tenants_forgotten"] = self._tenants.num_forgotten
+            stats["counter_spread"] = self._tenants.spread()
+        return stats
+
+    def check_integrity(self) -> None:
+        self._ranking.check_integrity()
+        ranked = [s for a in self._ranking.accounts for _, _, s in self._ranking.items_of(a)]
+        if len(ranked) != len(self._arrivals) or set(ranked) != set(self._arrivals):
+            raise InternalError("the ranked sequences are not those that wait")
+        if self._tenants is not None:
+            self._tenants.check_integrity()
+        if self._clustering is not None:
+            self._clustering.check_integrity(self._ranking)

@@ -1,0 +1,152 @@
+"""Sequences in the order of their accounts' counters, which may rise at any moment.
+
+Every account has a line, sorted by score and then by arrival. The lines stand in a heap under
+(counter, arrival of the head); an account that is charged does not move: its entry is then too low,
+and is set right when it comes to the top. So a charge costs nothing here, and every other operation
+O(log n), amortised over the charges.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import heapq
+import itertools
+
+from sloraj.errors import InternalError
+from sloraj.request import Sequence
+
+Item = tuple[float, int, Sequence]  # score, tag (tags grow with arrival), the sequence
+_Entry = tuple[float, int, int, "Line"]  # counter, tag of the head, a number without ties, line
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Account:
+    """What a tenant has been served, over its weight: `counter` only rises."""
+
+    tenant: str
+    weight: float = 1.0
+    counter: float = 0.0
+    num_waiting: int = 0  # for the first admission
+    num_admitted: int = 0  # and not finished
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Line:
+    """One account's sequences, and its valid entry in the heap; all others are void."""
+
+    account: Account
+    items: list[Item] = dataclasses.field(default_factory=list)
+    entry: _Entry | None = None
+
+
+class Ranking:
+    """Sequences of many accounts. The caller keeps account and score of each."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Account, Line] = {}
+        self._entries: list[_Entry] = []
+        self._walked: list[_Entry] = []  # taken off the heap by the last walk
+        self._numbers = itertools.count()
+
+    def __contains__(self, account: Account) -> bool:
+        return account in self._lines
+
+    @property
+    def accounts(self) -> list[Account]:
+        return list(self._lines)
+
+    def items_of(self, account: Account) -> list[Item]:
+        """The account's sequences in order. Not to be changed."""
+        line = self._lines.get(account)
+        return [] if line is None else line.items
+
+    def add(self, account: Account, score: float, sequence: Sequence) -> None:
+        self._restore()
+        line = self._lines.get(account)
+        if line is None:
+            line = self._lines[account] = Line(account)
+        bisect.insort(line.items, (score, sequence.tag, sequence))
+        self._rank(line)
+
+    def remove(self, account: Account, score: float, sequence: Sequence) -> None:
+        self._restore()
+        line = self._lines[account]
+        place = bisect.bisect_left(line.items, (score, sequence.tag))
+        if place == len(line.items) or line.items[place][2] is not sequence:
+            raise InternalError(f"sequence {sequence.tag} is not in its account's line")
+        del line.items[place]
+        if line.items:
+            self._rank(line)
+        else:
+            del self._lines[account]
+            line.entry = None
+
+    def first(self) -> Item | None:
+        self._restore()
+        line = self._top()
+        return None if line is None else line.items[0]
+
+    def first_account(self) -> Account | None:
+        self._restore()
+        line = self._top()
+        return None if line is None else line.account
+
+    def take_first(self) -> Line | None:
+        """Take the first line off the heap for a walk, until anything else is asked."""
+        line = self._top()
+        if line is not None:
+            self._walked.append(heapq.heappop(self._entries))
+        return line
+
+    def first_entry(self) -> tuple[float, int] | None:
+        """Counter and tag of the first line that no walk has taken."""
+        line = self._top()
+        return None if line is None else self._entries[0][:2]
+
+    def start_walk(self) -> None:
+        self._restore()
+
+    def _rank(self, line: Line) -> None:
+        """Enter a line, or enter it anew if it moves up: what moves down is found out in time."""
+        counter, tag = line.account.counter, line.items[0][1]
+        if line.entry is None or (counter, tag) < line.entry[:2]:
+            line.entry = (counter, tag, next(self._numbers), line)
+            heapq.heappush(self._entries, line.entry)
+            if len(self._entries) > 64 + 2 * len(self._lines):
+                self._entries = [line.entry for line in self._lines.values() if line.entry]
+                heapq.heapify(self._entries)
+
+    def _top(self) -> Line | None:
+        """The first line, its entry set right."""
+        entries = self._entries
+        while entries:
+            entry = entries[0]
+            line = entry[3]
+            if entry is not line.entry:
+                heapq.heappop(entries)
+                continue
+            counter, tag = line.account.counter, line.items[0][1]
+            if counter == entry[0] and tag == entry[1]:
+                return line
+            line.entry = (counter, tag, entry[2], line)
+            heapq.heapreplace(entries, line.entry)
+        return None
+
+    def _restore(self) -> None:
+        for entry in self._walked:
+            heapq.heappush(self._entries, entry)
+        self._walked.clear()
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless every line is sorted and stands where it should, or above."""
+        self._restore()
+        entries = {id(entry) for entry in self._entries}
+        for account, line in self._lines.items():
+            keys = [(score, tag) for score, tag, _ in line.items]
+            if not keys or keys != sorted(set(keys)):
+                raise InternalError(f"tenant {account.tenant!r}: its line is empty or not sorted")
+            if line.entry is None or id(line.entry) not in entries:
+                raise InternalError(f"tenant {account.tenant!r}: its line is not in the heap")
+            if line.entry[:2] > (account.counter, keys[0][1]):
+                raise InternalError(f"tenant {account.tenant!r}: its line stands too low")

@@ -1,0 +1,200 @@
+"""Laws of the waiting queue under every order: it does what the model by brute force does."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sloraj.policies.cost import BaseBytes
+from sloraj.policies.settings import ORDERS, QueueConfig
+from sloraj.policies.waiting import WaitingQueue, make_queue
+from sloraj.request import Sequence
+from tests.sloraj.queue_model import QueueModel, new_sequence
+
+BASE_BYTES = 1024  # with costs that are multiples of powers of two, sums are exact in any order
+TENANTS = ("a", "b", "c", "d", "e", "f")
+VERSIONS = (None, "v1", "v2", "v3", "v4", "v5", "v6")
+CLUSTERS: dict[str, dict[str, Any]] = {
+    "unclustered": {},
+    "clustered": {"cluster_adapters": 2, "cluster_max_overtakes": 12, "cluster_max_lead": 24.0},
+    "clustered, patience in seconds": {"cluster_adapters": 1, "cluster_max_wait_s": 300.0},
+}
+
+
+class Twins:
+    """A queue and its model, to which the same happens."""
+
+    def __init__(self, settings: QueueConfig, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.model = QueueModel(settings, BASE_BYTES)
+        self.queue: WaitingQueue = make_queue(
+            settings,
+            BaseBytes(weights=BASE_BYTES, row=BASE_BYTES),
+            lambda: self.model.now_s,
+            self.model.loaded_bytes,
+        )
+        self.tags = itertools.count(1)
+
+    def operate(self) -> None:
+        self.model.now_s += self.random.choice([0.0, 1.0, 5.0])
+        roll = self.random.random()
+        if roll < 0.40 and len(self.queue) < 40:
+            self.add()
+        elif roll < 0.65:
+            self.admit()
+        elif roll < 0.80:
+            self.sample()
+        elif roll < 0.88:
+            self.finish()
+        elif roll < 0.94:
+            self.remove()
+        else:
+            self.preempt()
+        self.compare()
+
+    def add(self) -> None:
+        tenants, versions = TENANTS, VERSIONS
+        if self.random.random() < 0.5:  # some come more often than others
+            tenants, versions = TENANTS[:2], VERSIONS[:3]
+        version_id = self.random.choice(versions)
+        is_ordered = self.model.settings.queue_order != "fcfs"
+        sequence = new_sequence(
+            next(self.tags),
+            tenant=self.random.choice([*tenants, f"once {self.model.now_s}"]),
+            version_id=version_id,
+            priority=self.random.choice([0, 0, 0, -2, 1, 3]) if is_ordered else 0,
+            arrival_s=self.model.now_s,
+            num_prompt=self.random.randint(1, 12),
+            adapter_bytes=0 if version_id is None else 128 * int(version_id[1:]),
+        )
+        self.model.add(sequence)
+        self.queue.add(sequence)
+
+    def admit(self) -> None:
+        sequence = self.model.first()
+        assert self.queue.first() is sequence
+        if sequence is not None:
+            loaded_bytes = self.model.loaded_bytes(sequence)
+            self.model.admit(sequence)
+            self.queue.admit(sequence, loaded_bytes)
+
+    def sample(self) -> None:
+        running = [s for s in self.model.running if self.random.random() < 0.7]
+        for sequence in running:
+            self.model.sample(sequence)
+        self.queue.sampled(running)
+
+    def finish(self) -> None:
+        while len(self.model.running) > self.random.randrange(4):
+            sequence = self.random.choice(self.model.running)
+            self.model.running.remove(sequence)
+            self.queue.finish(sequence)
+            if self.random.random() < 0.3:
+                self.model.on_device.discard(sequence.version_id or "")
+
+    def remove(self) -> None:
+        waiting = [*self.model.preempted, *self.model.new]
+        if waiting:
+            sequence = self.random.choice(waiting)
+            self.model.remove(sequence)
+            self.queue.remove(sequence)
+
+    def preempt(self) -> None:
+        if self.model.running:
+            self.queue.put_back(self.model.preempt())
+
+    def compare(self) -> None:
+        assert len(self.queue) == len(self.model.new) + len(self.model.preempted)
+        assert set(self.queue) == {*self.model.new, *self.model.preempted}
+        if self.random.random() < 0.2:
+            limit = self.random.choice([0, 1, 3, 100])
+            assert list(self.queue.in_order(limit)) == self.model.order()[:limit]
+        assert self.queue.first() is self.model.first()
+        self.queue.check_integrity(self.model.running)
+
+
+def every_settings() -> Iterator[tuple[str, QueueConfig]]:
+    for order, (name, cluster) in itertools.product(ORDERS, CLUSTERS.items()):
+        settings = QueueConfig(
+            queue_order=order,
+            priority_ageing_s=4.0,
+            tenant_weights=(("a", 2.0), ("f", 0.5)),
+            adapter_load_cost=32.0,
+            **cluster,
+        )
+        yield f"{order}, {name}", settings
+
+
+@pytest.mark.parametrize("settings", [pytest.param(s, id=n) for n, s in every_settings()])
+def test_every_order_is_the_model_by_brute_force(settings: QueueConfig) -> None:
+    twins = Twins(settings, seed=1)
+    for _ in range(2500):
+        twins.operate()
+    stats = twins.queue.stats()
+    assert stats["admissions"] > 500
+    assert (stats.get("overtakes", 0) > 50) == (
+        settings.queue_order != "fcfs" or settings.cluster_adapters is not None
+    )
+    if settings.cluster_adapters is not None:
+        assert stats["clustered_admissions"] > 20
+        assert stats["wait_bound_admissions"] > 10
+
+
+def test_a_walk_that_is_left_early_changes_nothing() -> None:
+    settings = QueueConfig(queue_order="vtc", cluster_adapters=1)
+    twins = Twins(settings, seed=2)
+    for _ in range(30):
+        twins.add()
+    for _ in range(40):
+        walk = twins.queue.in_order(100)
+        for _ in range(twins.random.randrange(8)):
+            next(walk, None)
+        twins.operate()
+
+
+def sequences(*priorities: int, gap_s: float = 1.0) -> list[Sequence]:
+    return [
+        new_sequence(tag, priority=priority, arrival_s=tag * gap_s)
+        for tag, priority in enumerate(priorities)
+    ]
+
+
+def drain(queue: WaitingQueue) -> list[Sequence]:
+    drained = []
+    while (sequence := queue.first()) is not None:
+        queue.admit(sequence, 0)
+        drained.append(sequence)
+    return drained
+
+
+def queue_of(settings: QueueConfig) -> WaitingQueue:
+    return make_queue(settings, BaseBytes(), lambda: 0.0, lambda sequence: 0)
+
+
+def test_the_lower_priority_value_is_served_first_and_equals_by_arrival() -> None:
+    queue = queue_of(QueueConfig(queue_order="priority", priority_ageing_s=100.0))
+    a, b, c, d, e = sequences(0, 5, -1, 0, -1)
+    for sequence in (a, b, c, d, e):
+        queue.add(sequence)
+    assert drain(queue) == [c, e, a, d, b]
+
+
+@pytest.mark.parametrize("ageing_s", [0.5, 3.0])
+def test_nobody_is_overtaken_by_one_that_comes_later_than_the_levels_between_them(
+    ageing_s: float,
+) -> None:
+    queue = queue_of(QueueConfig(queue_order="priority", priority_ageing_s=ageing_s))
+    dice = random.Random(3)
+    waiting = sequences(*(dice.randint(-5, 5) for _ in range(300)), gap_s=0.25)
+    for sequence in waiting:
+        queue.add(sequence)
+    order = drain(queue)
+    assert order != waiting
+    for place, sequence in enumerate(order):
+        for other in order[:place]:
+            levels = sequence.priority - other.priority
+            assert other.arrival_s - sequence.arrival_s <= levels * ageing_s
