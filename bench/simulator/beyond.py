@@ -59,14 +59,11 @@ def points(model: DeviceModel, args: argparse.Namespace) -> Iterator[dict[str, A
             "S2", engine, model, num_adapters, args, "adapters" if num_adapters else "base"
         )
     for setting, tp in PARALLEL:
-        for num_adapters in COUNTS["parallel"]:
+        for num_adapters in (0, *COUNTS["parallel"]):
             engine = engine_of(setting, tp, args.max_num_seqs, num_adapters)
-            for kind, count, has_collectives in (
-                ("base", 0, True), ("adapters without collectives", num_adapters, False),
-                ("adapters", num_adapters, True),
-            ):  # fmt: skip
+            for kind, has_collectives in KINDS if num_adapters else (("base", True),):
                 own = scaled(model, source, engine, link, has_lora_collectives=has_collectives)
-                yield _point(setting, engine, own, count, args, kind) | {"adapters": num_adapters}
+                yield _point(setting, engine, own, num_adapters, args, kind)
 
 
 def _point(
