@@ -4,8 +4,8 @@
         python -m bench.idle --rows 1,64,256 --cache-dir cache --out ...
 
 Per number of rows, each with its own rank-8 adapter: a step by the engine's loop, a step of the
-same batch enqueued without reading its tokens, and the time in which some kernel runs, from a
-profile of the engine's steps with CUDA graphs on. Idle is what the engine's step takes beyond that.
+same batch enqueued without reading its tokens, and the share of the time in which no kernel runs,
+from a profile of the engine's steps with CUDA graphs on.
 At 64 rows adapters are then installed during real decode steps, one in 50 ms and four a step; the
 profile gives the rate of their copies.
 """
@@ -36,6 +36,7 @@ from sloraj.core import EngineCore
 
 MAX_IDLE = {1: 0.05, 64: 0.02, 256: 0.02}
 NUM_STEPS = 24
+NUM_PROFILED = 12
 MAX_EVERY = 8  # steps between installs: quick steps get more than 20 a second
 NUM_INSTALLED = 16  # adapters that are installed again and again, in slots of their own
 Spans = list[tuple[float, float]]
@@ -60,6 +61,11 @@ def covered_s(spans: Spans) -> float:
         covered += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return covered / 1e9
+
+
+def window_s(spans: Spans) -> float:
+    """Seconds from the first span's start to the last one's end."""
+    return (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 1e9
 
 
 class Installs:
@@ -115,19 +121,16 @@ def measure_rows(core: EngineCore, rows: int, num_prompt: int) -> dict[str, floa
     before = decode.step_seconds(NUM_STEPS)
     raw_s = decode.raw_seconds(NUM_STEPS)
     after = decode.step_seconds(NUM_STEPS)
-    spans = profiled(lambda: _steps(core, 8))["kernels"]
-    last = decode.step_seconds(NUM_STEPS)
+    spans = profiled(lambda: _steps(core, NUM_PROFILED))["kernels"]
     decode.close()
     engine_s = float(np.mean([before, after]))
-    busy_s = covered_s(spans) / 8
     return {
         "rows": rows,
         "engine_ms": engine_s * 1e3,
         "engine_max_ms": float(np.max([before, after])) * 1e3,
         "raw_ms": raw_s * 1e3,
-        "busy_ms": busy_s * 1e3,
         "raw_over_engine": raw_s / engine_s,
-        "idle": max(0.0, 1 - busy_s / float(np.mean([after, last]))),
+        "idle": 1 - covered_s(spans) / window_s(spans),
     }
 
 

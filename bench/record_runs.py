@@ -34,21 +34,21 @@ from sloraj.core import EngineCore
 
 def main() -> None:
     args = _parse()
-    runs = [_run_of(words, args) for words in args.run]
+    runs = [_run_of(words, args, args.seed + i) for i, words in enumerate(args.run)]
     with tempfile.TemporaryDirectory() as scratch:
         core, device = _build(args, runs, Path(scratch))
         for name, setting, workload in runs:
             _record(args, core, device, name, setting, workload)
 
 
-def _run_of(words: list[str], args: argparse.Namespace) -> tuple[str, str, Workload]:
+def _run_of(words: list[str], args: argparse.Namespace, seed: int) -> tuple[str, str, Workload]:
     name, setting, adapters, rate, duration = words
     if setting not in SETTINGS:
         raise SystemExit(f"bench.record_runs: got {setting!r}, allowed: {', '.join(SETTINGS)}")
     workload = Workload(
         rate=float(rate), duration_s=float(duration), num_adapters=int(adapters),
         input_range=tuple(args.input), output_range=tuple(args.output), cv=args.cv,
-        seed=args.seed,
+        seed=seed,
     )  # fmt: skip
     return name, setting, workload
 
@@ -104,7 +104,7 @@ def _record(
         engine, SETTINGS[setting].adapter_ranks(workload.num_adapters), **described
     )
     head = header(
-        bench=BENCH, device=device, settings=settings, seed=args.seed, commit_name=args.commit
+        bench=BENCH, device=device, settings=settings, seed=workload.seed, commit_name=args.commit
     )
     path = args.out / f"{name}.jsonl"
     path.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--input", type=int, nargs=2, default=(8, 512), help="prompts, [from, to)")
     parser.add_argument("--output", type=int, nargs=2, default=(8, 512), help="answers, likewise")
     parser.add_argument("--cv", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of the first run; the next, one more")
     parser.add_argument("--max-rank", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int)

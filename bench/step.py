@@ -3,8 +3,9 @@
     python -m bench.step --geometry llama-7b --batches 1,8,64,256 --out bench/results/.../step.json
 
 "s1": every row has an adapter of its own, of rank 8 on q, k, v, o; "s2": ranks 64, 32, 16, 8 in
-turn. Steps are enqueued back to back by hand, so this is the device's rate, without the engine's
-host work. Weights and prompts are random. `--profile` adds the kernels of one of the cases.
+turn. "mixed": 64 rows decode beside a prompt of 192 tokens. Steps are enqueued back to back by
+hand, so this is the device's rate, without the engine's host work. Weights and prompts are random.
+`--profile` adds the kernels of one of the cases.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sloraj.config import EngineConfig, PoolLayout, resolve
 from sloraj.environment import prepare_jax
 from sloraj.model.weights import random_parameters
 from sloraj.parallel.mesh import make_mesh
+from sloraj.request import Sequence
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.compiles import Key
 from sloraj.runner.jobs import INSTALL_PAGES
@@ -41,6 +43,8 @@ from sloraj.runner.lora_variants import MODULES
 
 RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
 ABSOLUTE_MS = {"base": 8.7, "s1": 9.0, "s2": 9.8}  # Llama-7B, 64 rows, context 512
+MIXED_ROWS, MIXED_TOKENS = 64, 192  # decoding, beside a prompt: a common step under load
+NUM_MIXED = 12
 NOT_RECORDED = ("out", "cache_dir", "commit", "against")
 
 
@@ -102,6 +106,13 @@ class Bench:
                 "prefill_tokens_per_s": prompts * args.context / prefill_s,
                 "prefill_floor_share": floor / prefill_s,
             }
+        if rows == MIXED_ROWS and max(args.batches) >= rows + NUM_MIXED:
+            result["mixed_step_s"] = driver.mixed(sequences, self.others(driver, slots))
+            if rows == args.profile:
+                others = self.others(driver, slots)
+                result["mixed_profile"] = profile(
+                    lambda: driver.mixed(sequences, others), len(others)
+                )
         if rows == args.profile:
             result["profile"] = profile(lambda: driver.decode(sequences, 7), 8)
             again = driver.open_rows(slots[: 2 * prompts], args.context)
@@ -110,13 +121,17 @@ class Bench:
             )
         return result
 
+    def others(self, driver: StepDriver, slots: list[int]) -> list[Sequence]:
+        """Prompts to compute beside the rows, on rows and with adapters of their own."""
+        return driver.open_rows(slots[-NUM_MIXED:], MIXED_TOKENS, first_row=MIXED_ROWS)
+
 
 def _needed(args: argparse.Namespace) -> list[Key]:
     """The programs that the cases run."""
     buckets = make_buckets(max(args.batches), args.max_num_batched_tokens, 16, 64)
     steps = [buckets.pick(rows, True) for rows in args.batches]
     steps += [buckets.pick(min(args.max_num_batched_tokens, args.context), False)]
-    steps += [buckets.mixed[-1]]
+    steps += [buckets.mixed[-1], buckets.pick(MIXED_ROWS + MIXED_TOKENS, False)]
     return [
         *{("forward", bucket.name, kind) for bucket in steps for kind in MODULES},
         *{("sample", "greedy", bucket.num_logits) for bucket in steps},
@@ -244,16 +259,16 @@ def elementwise_share(groups: dict[str, dict[str, float]]) -> float:
 
 def table(cases: list[dict[str, Any]]) -> str:
     """The cases for people to read."""
-    lines = ["rows kind   decode ms  floor ms  ratio   prefill tok/s  share of floor"]
+    lines = ["rows kind   decode ms  floor ms  ratio   prefill tok/s  share of floor   mixed ms"]
     for case in cases:
         prefill = case.get("prefill_tokens_per_s", float("nan"))
         share = case.get("prefill_floor_share", float("nan"))
         lines.append(
             f"{case['rows']:4d} {case['kind']:5s} {case['decode_step_s'] * 1e3:10.3f} "
             f"{case['decode_floor_s'] * 1e3:9.3f} {case['decode_over_floor']:6.3f} "
-            f"{prefill:15.0f} {share:15.2f}"
+            f"{prefill:15.0f} {share:15.2f} {case.get('mixed_step_s', float('nan')) * 1e3:10.3f}"
         )
-        for kind in ("profile", "prefill_profile"):
+        for kind in ("profile", "mixed_profile", "prefill_profile"):
             for group, cost in sorted(case.get(kind, {}).get("groups", {}).items()):
                 us, kernels = cost["us"], cost["kernels"]
                 lines.append(f"     {kind:16s} {group:14s} {us:9.1f} us {kernels:7.1f} kernels")

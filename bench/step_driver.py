@@ -42,20 +42,29 @@ class StepDriver:
         self._installs.append(AdapterInstall(slot=slot, tag=tag, pages=pages, packed=packed))
         return slot
 
-    def open_rows(self, slots: Seq[int], context: int) -> list[Sequence]:
-        """Sequences of `context` random prompt tokens on rows 0, 1, ...; nothing is computed."""
-        prompts = self._rng.integers(3, self._vocab_size, (len(slots), context))
+    def open_rows(self, slots: Seq[int], context: int, first_row: int = 0) -> list[Sequence]:
+        """Sequences of `context` random prompt tokens on rows from `first_row` on; nothing is
+        computed.
+        """
+        prompts = self._rng.integers(3, self._vocab_size, (len(slots), context)).tolist()
         return [
             Sequence(
-                request_id=f"row-{row}", index=0, prompt_token_ids=prompts[row].tolist(),
+                request_id=f"row-{row}", index=0, prompt_token_ids=prompt,
                 params=GREEDY, max_output_tokens=1 << 20, stop_ids=frozenset(), seed=0,
                 tag=next(self._tags), version_id=None, arrival_s=0.0, row=row, slot=slot,
             )
-            for row, slot in enumerate(slots)
+            for row, (slot, prompt) in enumerate(zip(slots, prompts, strict=True), start=first_row)
         ]  # fmt: skip
 
-    def batch(self, sequences: Seq[Sequence], num_tokens: int) -> ScheduledBatch:
-        """The next `num_tokens` of every sequence, and the installs asked for so far."""
+    def batch(self, *parts: tuple[Seq[Sequence], int]) -> ScheduledBatch:
+        """Of each part (sequences, number of tokens), the next tokens of every sequence; and the
+        installs asked for so far.
+        """
+        rows = [row for sequences, num_tokens in parts for row in self._rows(sequences, num_tokens)]
+        installs, self._installs = tuple(self._installs), []
+        return ScheduledBatch(0, tuple(rows), installs)
+
+    def _rows(self, sequences: Seq[Sequence], num_tokens: int) -> list[ScheduledRow]:
         rows = []
         for sequence in sequences:
             start, first_new_page = sequence.num_computed_tokens, len(sequence.pages)
@@ -71,8 +80,7 @@ class StepDriver:
                 )
             )  # fmt: skip
             sequence.num_computed_tokens = stop
-        installs, self._installs = tuple(self._installs), []
-        return ScheduledBatch(0, tuple(rows), installs)
+        return rows
 
     def prefill(self, sequences: Seq[Sequence], at_once: int) -> float | None:
         """Compute all prompts, `at_once` in a step, enqueued without waiting; seconds a step.
@@ -84,7 +92,7 @@ class StepDriver:
         firsts = range(0, len(sequences), at_once)
         started = time.perf_counter()
         for step, first in enumerate(firsts):
-            batch = self.batch(sequences[first : first + at_once], context)
+            batch = self.batch((sequences[first : first + at_once], context))
             handle = self._runner.execute(batch)
             if step < UNCOUNTED:
                 self._runner.collect(handle)
@@ -95,10 +103,21 @@ class StepDriver:
 
     def decode(self, sequences: Seq[Sequence], num_steps: int) -> float:
         """Seconds a step of `num_steps` decode steps, enqueued without waiting for tokens."""
-        handle = self._runner.execute(self.batch(sequences, 1))
+        handle = self._runner.execute(self.batch((sequences, 1)))
         self._runner.collect(handle)
         started = time.perf_counter()
         for _ in range(num_steps):
-            handle = self._runner.execute(self.batch(sequences, 1))
+            handle = self._runner.execute(self.batch((sequences, 1)))
         self._runner.collect(handle)
         return (time.perf_counter() - started) / num_steps
+
+    def mixed(self, sequences: Seq[Sequence], others: Seq[Sequence]) -> float:
+        """Seconds a step in which all sequences decode beside the whole prompt of one other."""
+        for step, other in enumerate(others):
+            batch = self.batch((sequences, 1), ([other], other.num_prompt_tokens))
+            handle = self._runner.execute(batch)
+            if step < UNCOUNTED:
+                self._runner.collect(handle)
+                started = time.perf_counter()
+        self._runner.collect(handle)
+        return (time.perf_counter() - started) / (len(others) - UNCOUNTED)

@@ -5,8 +5,8 @@
     trace.close()
     write_run(path, head, trace.steps(), result.outcomes)
 
-While it runs, it costs a few microseconds a step (20 with 256 rows): it reads the clock four times
-and copies numbers; features are computed from them afterwards. Works on any runner.
+While it runs, it costs some 15 us a step of 64 rows and 30 us of 256, after the step was enqueued:
+it copies numbers, from which features are computed afterwards. Works on any runner.
 """
 
 from __future__ import annotations

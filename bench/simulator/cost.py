@@ -35,6 +35,18 @@ def device_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
         yield f"{kind}:{name}", getattr(features, name)
 
 
+def execute_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
+    """What the host does in `Runner.execute`: packing, launching, issuing copies."""
+    kind = "decode" if features.is_decode else "mixed"
+    yield "step", 1.0
+    yield (
+        f"{kind}:{features.variant}",
+        1.0 if kind == "mixed" or features.variant != "base" else 0.0,
+    )
+    for name in ("num_sampled", "num_resets", "num_installs", "num_late"):
+        yield name, getattr(features, name)
+
+
 def host_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
     """What the host does for a step before it hands it to the runner: messages, scheduling."""
     yield "step", 1.0
@@ -44,7 +56,9 @@ def host_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
 
 
 class Cost:
-    """Coefficients by column, in seconds a unit. A bucket that no run has shown is interpolated."""
+    """Coefficients by column, in seconds a unit. A bucket that no run has shown is interpolated.
+    "bucket:mixed-512:attention" is what a variant adds in one bucket alone (no fit finds that).
+    """
 
     def __init__(self, coefficients: Mapping[str, float]) -> None:
         """Raises ValueError if one is negative."""
@@ -62,7 +76,7 @@ class Cost:
         self._programs: dict[tuple[str, str], float] = {}
         self._known: dict[str, list[tuple[int, float]]] = {}
         for name, value in self.coefficients.items():
-            if name.startswith(BUCKET):
+            if name.startswith(BUCKET) and name.count(":") == 1:
                 kind, size = _kind_and_size(name.removeprefix(BUCKET))
                 self._known.setdefault(kind, []).append((size, value))
         for sizes in self._known.values():
@@ -84,9 +98,15 @@ class Cost:
         return total + self._sampled_s * features.num_sampled
 
     def _program_s(self, features: StepFeatures) -> float:
-        kind, size = _kind_and_size(features.bucket)
-        variant = self.coefficients.get(f"{kind}:{features.variant}", 0.0)
-        return self._step_s + variant + _at(self._known.get(kind, []), size)
+        kind, _ = _kind_and_size(features.bucket)
+        get, name = self.coefficients.get, features.variant
+        variant = get(f"{kind}:{name}", 0.0) + get(f"{BUCKET}{features.bucket}:{name}", 0.0)
+        return self._step_s + variant + self.bucket_s(features.bucket)
+
+    def bucket_s(self, bucket: str) -> float:
+        """What a bucket's program takes by itself."""
+        kind, size = _kind_and_size(bucket)
+        return _at(self._known.get(kind, []), size)
 
 
 def _kind_and_size(bucket: str) -> tuple[str, int]:

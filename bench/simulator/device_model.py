@@ -19,6 +19,7 @@ class DeviceModel:
     device: from the end of the step before to the step's own end, its installs included. execute:
     of the host, in `Runner.execute`. between: of the host, from the return of one `collect` to the
     next `execute`: update, emit, messages, schedule. The bus carries what is sent a step ahead.
+    A device with nothing to do begins a step `head_start_s` before `execute` returns.
     """
 
     device: Cost
@@ -26,6 +27,7 @@ class DeviceModel:
     between: Cost
     bus_bytes_per_s: float
     bus_latency_s: float
+    head_start_s: float = 0.0
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # device, commit, runs, errors
 
     def save(self, path: Path) -> None:
@@ -38,6 +40,7 @@ class DeviceModel:
             **self.origin,
             "bus_bytes_per_s": self.bus_bytes_per_s,
             "bus_latency_s": self.bus_latency_s,
+            "head_start_s": self.head_start_s,
             "seconds": {
                 name: getattr(self, name).coefficients for name in ("device", "execute", "between")
             },
@@ -53,13 +56,12 @@ class DeviceModel:
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Self:
-        apart = ("kind", "bus_bytes_per_s", "bus_latency_s", "seconds")
-        return cls(
-            **{name: Cost(coefficients) for name, coefficients in found["seconds"].items()},
-            bus_bytes_per_s=found["bus_bytes_per_s"],
-            bus_latency_s=found["bus_latency_s"],
-            origin={key: value for key, value in found.items() if key not in apart},
-        )
+        numbers = ("bus_bytes_per_s", "bus_latency_s", "head_start_s")
+        costs = {name: Cost(coefficients) for name, coefficients in found["seconds"].items()}
+        given: dict[str, Any] = costs | {name: found[name] for name in numbers}
+        apart = ("kind", "seconds", *numbers)
+        origin = {key: value for key, value in found.items() if key not in apart}
+        return cls(**given, origin=origin)
 
 
 def constant(step_s: float, *, bus_bytes_per_s: float = float("inf")) -> DeviceModel:

@@ -6,14 +6,15 @@ core and runner as they would be after them; the moments of all that follows are
 last bit (`tests/bench/simulator/test_fast_forward.py`). What is skipped are the TokenOutputs in
 between, none of which is a request's first or last.
 
-It goes by what the plain scheduler does. A core that charges or re-orders by the token has to be
-stepped: `applies` is False for a scheduler of another class.
+It goes by what the plain scheduler does, first come, first served. An engine that charges by the
+token, re-orders its queue or gives requests up as time passes has to be stepped: `applies` says so.
 """
 
 from __future__ import annotations
 
 from bench.simulator.runner import SimulatedHandle, SimulatedRunner
 from sloraj.core import EngineCore
+from sloraj.policies.order import FirstComeFirstServed
 from sloraj.request import Sequence
 from sloraj.scheduler import Scheduler
 
@@ -25,7 +26,11 @@ class FastForward:
         runner = core._runner
         assert isinstance(runner, SimulatedRunner)
         self._core, self._runner, self._scheduler = core, runner, core._scheduler
-        self.applies = type(core._scheduler) is Scheduler
+        self.applies = (
+            type(core._scheduler) is Scheduler
+            and type(core._scheduler._waiting._order) is FirstComeFirstServed
+            and getattr(core._config, "early_abort", None) is None
+        )
         self.num_steps = 0  # passed over
 
     def run(self, until_s: float) -> int:
@@ -54,7 +59,8 @@ class FastForward:
             return False
         # A sequence that was preempted may have waited for its token alone. Any other that was not
         # admitted will not be: rows and pages only get fewer.
-        if scheduler._waiting and scheduler._free_rows and scheduler._waiting[0].num_preemptions:
+        head = scheduler._waiting.first()
+        if head is not None and head.num_preemptions and scheduler._holdings.num_free_rows:
             return False
         return all(sequence.output_token_ids for sequence in scheduler._running) and all(
             row.sequence.row is not None for row in handle.sampled
@@ -79,13 +85,14 @@ class FastForward:
         context, rows = features.context_tokens, features.num_decoding
         now_s, free_s, end_s, done = clock.now(), runner.free_s, handle.end_s, 0
         busy_s, arrived_s = runner.busy_s, runner.arrived_s
+        head_start_s = model.head_start_s
         while done < most and now_s < until_s:
             context += rows
-            now_s = max(
-                now_s, now_s + (between_s + (execute_fixed_s + execute.context_s * context))
-            )
+            begun_s = now_s
+            host_s = between_s + (execute_fixed_s + execute.context_s * context)
+            now_s = max(now_s, begun_s + host_s)
             device_s = device_fixed_s + device.context_s * context
-            free_s = max(free_s, now_s, arrived_s) + device_s
+            free_s = max(free_s, begun_s, now_s - head_start_s, arrived_s) + device_s
             busy_s += device_s
             now_s, end_s = max(now_s, end_s), free_s
             done += 1
@@ -98,16 +105,13 @@ class FastForward:
         return done
 
     def _advance(self, running: list[Sequence], num_steps: int) -> None:
-        scheduler, pool = self._scheduler, self._core._pool
+        scheduler = self._scheduler
         tokens = [self._runner.token_id] * num_steps
         for sequence in running:
             sequence.output_token_ids += tokens
             sequence.num_computed_tokens += num_steps
-            missing = scheduler.num_pages_for(sequence.num_computed_tokens) - len(sequence.pages)
-            if missing > 0:
-                pages = pool.allocate(missing, sequence.tag)
-                assert pages is not None
-                sequence.pages += pages
+            has_grown = scheduler._holdings.grow(sequence, sequence.num_computed_tokens)
+            assert has_grown  # the pages are free: see `_num_steps`
         scheduler.num_steps += num_steps
         scheduler.num_computed_tokens += num_steps * len(running)
         scheduler.num_sampled_tokens += num_steps * len(running)

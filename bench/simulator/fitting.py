@@ -2,11 +2,15 @@
 
 Three parts are fitted apart, each to the moments that show it:
 
-- execute: what `Runner.execute` took;
-- between: from the return of a `collect` to the next `execute`, while the engine had work;
+- execute: what `Runner.execute` took. If the device was busy all the while, that is a bound: the
+  host may have waited in it for room in the device's queue.
+- between: from the return of a `collect` to the next `execute`, while the engine had work.
 - device: from the end of one step to the end of the next. Where `collect` had to wait, its return
-  is the end. Where it had not, the step ended at some earlier moment: then all that is known is a
-  bound, which counts only while the fit is above it.
+  is the end. Where it had not, the step ended at some earlier moment: again a bound. A step that
+  found the device idle began before `execute` returned; by how much is fitted from these steps
+  (`head_start_s`), once the others have shown what steps take.
+
+A bound counts only while the fit is above it.
 
 Every observation weighs as 1 / the median duration of its bucket, so that large and small steps
 count by their share, and noise does not choose its own weight. Durations of more than 20 times that
@@ -23,14 +27,15 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
-from bench.simulator.cost import Cost, device_columns, host_columns
+from bench.simulator.cost import Cost, device_columns, execute_columns, host_columns
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.features import StepFeatures
 from bench.simulator.run_file import RecordedRun, TracedStep
 
-WAITED_S = 20e-6  # a collect that returns faster than this found its step ended
+WAITED_S = 100e-6  # a collect that returns faster than this found its step ended
 STALL = 20.0  # times the median of the bucket
 BOUND_ROUNDS = 8
+FEWEST = 50  # steps in a row that show the device by themselves
 BUS_BYTES_PER_S, BUS_LATENCY_S = 23.6e9, 20e-6  # one copy, idle device (docs/performance.md)
 Columns = Callable[[StepFeatures], Iterable[tuple[str, float]]]
 
@@ -42,6 +47,7 @@ class Observation:
     features: StepFeatures
     seconds: float
     is_bound: bool = False
+    is_from_idle: bool = False  # counted from the return of `execute`, not from the step before
 
 
 def fit(runs: Sequence[RecordedRun]) -> DeviceModel:
@@ -49,33 +55,50 @@ def fit(runs: Sequence[RecordedRun]) -> DeviceModel:
     geometries = {run.engine.geometry for run in runs}
     if len(geometries) != 1:
         raise ValueError(f"runs: of {sorted(geometries)}, allowed: runs of one geometry")
-    steps = [list(observe(run.steps)) for run in runs]
-    costs, errors = {}, {}
-    for name, columns in (
-        ("device", device_columns), ("execute", execute_columns), ("between", host_columns),
-    ):  # fmt: skip
-        observed = [found[name] for some in steps for found in some if name in found]
-        costs[name], errors[name] = fit_cost(observed, columns)
-    late = costs["device"].coefficients.get("late_bytes", 0.0)
+    found = [observed for run in runs for observed in observe(run.steps)]
+
+    def of(name: str) -> list[Observation]:
+        return [observed[name] for observed in found if name in observed]
+
+    execute, execute_errors = fit_cost(of("execute"), execute_columns)
+    between, between_errors = fit_cost(of("between"), host_columns)
+    device, head_start_s, device_errors = fit_device(of("device"), execute)
+    late = device.coefficients.get("late_bytes", 0.0)
     heads = [run.head for run in runs]
     return DeviceModel(
-        **costs,
-        bus_bytes_per_s=1 / late if late else BUS_BYTES_PER_S,
-        bus_latency_s=BUS_LATENCY_S,
+        device=device, execute=execute, between=between, head_start_s=head_start_s,
+        bus_bytes_per_s=1 / late if late else BUS_BYTES_PER_S, bus_latency_s=BUS_LATENCY_S,
         origin={
             "geometry": geometries.pop(),
             "device": " and ".join(sorted({head["device"] for head in heads})),
             "commit": " and ".join(sorted({head["commit"] for head in heads})),
             "runs": [run.name for run in runs],
-            "errors": errors,
+            "errors": {
+                "device": device_errors, "execute": execute_errors, "between": between_errors,
+            },
         },
-    )
+    )  # fmt: skip
 
 
-def execute_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
-    """The host's work in `execute`, and the device's where the host waits for it (on a CPU)."""
-    yield from device_columns(features)
-    yield "num_sampled", features.num_sampled
+def fit_device(
+    observed: Sequence[Observation], execute: Cost
+) -> tuple[Cost, float, dict[str, Any]]:
+    """The device's cost, and the head start of steps that found it idle, seconds."""
+    busy = [o for o in observed if not o.is_from_idle]
+    idle = [o for o in observed if o.is_from_idle and not o.is_bound]
+    head_start_s = 0.0
+    if len(busy) >= FEWEST and idle:
+        cost, _ = fit_cost(busy, device_columns)
+        seen = {o.features.bucket for o in busy if not o.is_bound}
+        early = [
+            min(cost.seconds(o.features) - o.seconds, execute.seconds(o.features))
+            for o in idle
+            if o.features.bucket in seen
+        ]
+        head_start_s = max(float(np.median(early)), 0.0) if early else 0.0
+    moved = [dataclasses.replace(o, seconds=o.seconds + head_start_s) for o in idle]
+    cost, errors = fit_cost([*busy, *moved], device_columns)
+    return cost, head_start_s, errors
 
 
 def observe(steps: Sequence[TracedStep]) -> Iterator[dict[str, Observation]]:
@@ -83,13 +106,16 @@ def observe(steps: Sequence[TracedStep]) -> Iterator[dict[str, Observation]]:
     before: TracedStep | None = None  # the step before this one
     for step in steps:
         features = step.features
-        found = {"execute": Observation(features, step.enqueued_s - step.started_s)}
+        is_chained = before is not None and step.is_ahead and _has_waited(before)
+        found = {"execute": Observation(features, step.enqueued_s - step.started_s, is_chained)}
         begun_s = step.enqueued_s
-        if before is not None and step.is_ahead and _has_waited(before):
+        if before is not None and is_chained:
             begun_s = max(begun_s, before.read_s)
         end_s = step.read_s if _has_waited(step) else step.asked_s
         if end_s >= begun_s:
-            found["device"] = Observation(features, end_s - begun_s, not _has_waited(step))
+            found["device"] = Observation(
+                features, end_s - begun_s, not _has_waited(step), not is_chained
+            )
         yield found
         before = step
     for step, between_s in between(steps):

@@ -11,6 +11,7 @@ given moment is finished after it.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,18 @@ class Replica:
 
     def bytes_of(self, adapter: int) -> int:
         return self._sizes.packed("", self._rank_of(adapter)).num_bytes
+
+    def still_open(self) -> list[Outcome]:
+        """Outcomes so far of the requests that have not ended, with the error "open"."""
+        found = []
+        for request_id, outcome in self.open.items():
+            first_s = self._first_s.get(request_id)
+            found.append(dataclasses.replace(outcome, error="open", first_token_s=first_s))
+        found += [
+            dataclasses.replace(Outcome.of(index, request), error="open")
+            for index, request in self._arrivals
+        ]
+        return found
 
     def run_until(self, until_s: float) -> None:
         """Let all happen that begins before `until_s`."""

@@ -52,8 +52,9 @@ class SimulatedRunner:
         features = self._table.features(Capture.of(batch))
         model, clock = self.model, self.clock
         host_s = model.between.seconds(features) + model.execute.seconds(features)
-        clock.sleep_until(clock.now() + host_s)
-        start_s = max(self.free_s, clock.now(), self.arrived_s)
+        begun_s = clock.now()
+        clock.sleep_until(begun_s + host_s)
+        start_s = max(self.free_s, begun_s, clock.now() - model.head_start_s, self.arrived_s)
         if features.num_sends:
             travel_s = features.num_sends * model.bus_latency_s
             travel_s += features.send_bytes / model.bus_bytes_per_s

@@ -55,7 +55,8 @@ def device(**changes: float) -> DeviceModel:
         ),
         execute=Cost({"step": 0.0007, "num_sampled": 2e-5}),
         between=Cost({"step": 0.0002, "num_resets": 5e-5}),
-        bus_bytes_per_s=1e9, bus_latency_s=2e-5, origin={"device": "imaginary"},
+        bus_bytes_per_s=1e9, bus_latency_s=2e-5, head_start_s=0.0003,
+        origin={"device": "imaginary"},
     )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def test_a_fitted_model_predicts_runs_that_it_was_not_fitted_on(tmp_path: Path) 
             read_run(recorded(tmp_path / "c.jsonl", 3, num_adapters=0)),
         ]
     )
+    assert fitted.head_start_s == pytest.approx(device().head_start_s, abs=1e-4)
     for seed, changes in enumerate(({}, {"rate": 25.0}, {"num_adapters": 3}), start=10):
         run = read_run(recorded(tmp_path / f"{seed}.jsonl", seed, **changes))
         found = compare(run, fitted)
