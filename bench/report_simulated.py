@@ -10,9 +10,11 @@ from typing import Any
 from bench import paper
 from bench.report_plots import Line, Panel
 from bench.report_sections import Section, Table, number, percent
+from bench.settings import SETTINGS
 
 NAME = "simulated-beyond.json"
 COMMAND = f"python -m bench.simulator.beyond --model simulator-model.json --out {NAME}"
+PAPERS_GPUS = 4  # in its figure; other numbers are in the table
 Points = Sequence[dict[str, Any]]
 
 
@@ -60,7 +62,9 @@ def tensor_parallel(points: Points) -> Section:
     mine = [point for point in points if point["gpus"] > 1]
     bars: dict[str, dict[str, float]] = {}
     for point in mine:
-        group = f"{point['setting']}, {point['gpus']} GPUs\nn = {point['adapters']}"
+        if point["gpus"] != PAPERS_GPUS:
+            continue
+        group = f"{point['setting']}, {base_size(point['setting'])}\nn = {point['adapters']}"
         bars.setdefault(group, {})[point["kind"]] = point["requests_per_s"]
     return Section(
         figure="tensor-parallel",
@@ -71,7 +75,9 @@ def tensor_parallel(points: Points) -> Section:
             "figure (measured on A100s) is read off its plot."
         ),
         panels=[
-            Panel(title="Simulated, H200s", x_label="", y_label="requests/s", bars=bars),
+            Panel(
+                title=f"Simulated, {PAPERS_GPUS} H200s", x_label="", y_label="requests/s", bars=bars
+            ),
             Panel(
                 title="The paper", x_label="", y_label="requests/s",
                 bars={
@@ -88,6 +94,11 @@ def tensor_parallel(points: Points) -> Section:
         tables=[_table(mine, points)],
         missing=[] if mine else [COMMAND],
     )  # fmt: skip
+
+
+def base_size(setting: str) -> str:
+    """ "30B": of a setting's base."""
+    return SETTINGS[setting].geometry.rpartition("-")[2].upper()
 
 
 def _table(mine: Points, points: Points) -> Table:
