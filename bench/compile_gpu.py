@@ -4,8 +4,10 @@
         python -m bench.compile_gpu --geometry llama-7b --only decode-64 mixed-2048
 
 Needs the CUDA plugin and compiler packages, not the device. Per program: compile seconds, bytes
-aliased (the donated pool), temporary bytes, whole-buffer copies, and kernels by kind. Matmul
-choices are cost-model defaults here: autotuning needs the device.
+aliased (the donated pool), temporary bytes, whole-buffer copies, and kernels by kind. Kernels are
+those of the H200's tuning table; XLA's own products are its cost model's choice, because autotuning
+needs the device. What waits for what in the graph: XLA_FLAGS="--xla_dump_to=DIR" writes
+`*.thunk_sequence_after_thunk_passes.txt`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj.adapters.layout import max_adapter_pages
 from sloraj.build import BLOCK_Q, lora_widths
 from sloraj.config import PoolLayout
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
+from sloraj.model.step import StepSpec
 from sloraj.parallel.mesh import local_kv_heads
 from sloraj.runner import lora_variants
 from sloraj.runner.buckets import make_buckets

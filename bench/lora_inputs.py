@@ -108,7 +108,8 @@ def cut_tiles(
 ) -> LoraTiles:
     """The tiles of a batch, cut as a step cuts them."""
     rows, starts, tile_slots = [], [0], []
-    for slot in np.unique(slots[slots > 0]):
+    used = np.unique(slots[slots > 0])
+    for slot in sorted(used, key=lambda slot: (-adapters.ranks[slot - 1], slot)):
         (of_slot,) = np.nonzero(slots == slot)
         for first in range(0, len(of_slot), block_rows):
             rows.extend(of_slot[first : first + block_rows])

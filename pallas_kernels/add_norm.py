@@ -22,17 +22,23 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
 
 
+def add_lora(base: jax.Array, lora: jax.Array | None) -> jax.Array:
+    """A base output and what adapters add to it, f32 of the same shape: one rounding."""
+    return base if lora is None else (base.astype(jnp.float32) + lora).astype(base.dtype)
+
+
 def add_rms_norm_reference(
-    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float
+    x: jax.Array, delta: jax.Array, lora: jax.Array | None, weight: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The specification of `add_rms_norm`."""
-    total = x + delta
+    total = x + add_lora(delta, lora)
     return total, rms_norm(total, weight, eps)
 
 
 def _kernel(
-    x_ref: Ref, delta_ref: Ref, weight_ref: Ref, total_ref: Ref, normed_ref: Ref, *, eps: float
-) -> None:
+    x_ref: Ref, delta_ref: Ref, lora_ref: Ref | None, weight_ref: Ref, total_ref: Ref,
+    normed_ref: Ref, *, eps: float,
+) -> None:  # fmt: skip
     width = x_ref.shape[1]
     column = jnp.arange(next_power_of_2(width), dtype=jnp.int32)
     is_real = column < width
@@ -42,7 +48,10 @@ def _kernel(
         value: jax.Array = pltriton.load(ref.at[where], mask=is_real, other=0)
         return value.astype(jnp.float32)
 
-    total = (load(x_ref) + load(delta_ref)).astype(x_ref.dtype)
+    delta = load(delta_ref)
+    if lora_ref is not None:
+        delta = (delta + load(lora_ref)).astype(x_ref.dtype).astype(jnp.float32)
+    total = (load(x_ref) + delta).astype(x_ref.dtype)
     pltriton.store(total_ref.at[where], total, mask=is_real)
     wide = total.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(wide * wide) / width + jnp.float32(eps))
@@ -56,25 +65,29 @@ def add_rms_norm(
     delta: jax.Array,
     weight: jax.Array,
     eps: float,
+    lora: jax.Array | None = None,
     *,
     implementation: str,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of a residual stream and what is added to it, and the RMS norm of the sum.
 
-    Semantics: total = x + delta, rounded to x's dtype;
+    Semantics: total = x + round(delta + lora), rounded to x's dtype;
                normed = (total / sqrt(mean(total ** 2) + eps)), rounded, times weight.
     Args:      x, delta: `[T, D]`, of one dtype. weight: `[D]`, of the same.
+               lora: f32 `[T, D]`, what adapters add to delta; None: nothing.
     Returns:   (total, normed), both `[T, D]`.
     Raises:    ValueError: shapes or dtypes disagree, or the implementation is unknown.
     Source:    RMSNorm (arXiv:1910.07467), rounded as Hugging Face's LlamaRMSNorm does.
     """
     if not x.shape == delta.shape or weight.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, delta {delta.shape} and weight {weight.shape} disagree")
+    if lora is not None and (lora.shape != x.shape or lora.dtype != jnp.float32):
+        raise ValueError(f"lora {lora.dtype} {lora.shape} is not float32 {x.shape}")
     if not x.dtype == delta.dtype == weight.dtype:
         raise ValueError(f"x {x.dtype}, delta {delta.dtype} and weight {weight.dtype} disagree")
     if implementation == "xla":
-        return add_rms_norm_reference(x, delta, weight, eps)
+        return add_rms_norm_reference(x, delta, lora, weight, eps)
     if implementation == "triton":
         out = jax.ShapeDtypeStruct(x.shape, x.dtype)
         warps = next_power_of_2(x.shape[1]) // ELEMENTS_PER_WARP
@@ -86,6 +99,6 @@ def add_rms_norm(
             num_warps=min(max(warps, 1), 8),
             num_stages=1,
             interpret=interpret,
-        )(x, delta, weight)
+        )(x, delta, lora, weight)
         return total, normed
     raise unknown_implementation(implementation)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.linear_copies_mosaic import Ring, copy_tiles, ring_types, tile_transforms
 from pallas_kernels.mosaic_blocks import Ref, interpret_params, plgpu
 
 MIN_ROWS = 8  # of a tile of x: the narrow side of a wgmma
@@ -24,6 +25,7 @@ WGMMA_ROWS = 64  # the wide side
 MAX_ROWS = 256  # of the narrow side
 SMEM_BYTES = 227 * 1024 - 1024  # of a block, less what barriers take
 MAX_GROUPS = 3
+COPY_REGISTERS = 40  # of a thread that copies
 NUM_BLOCKS = 132  # that run at once on an H100 or H200
 
 
@@ -38,12 +40,19 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
+    # A block that deals its registers out among its warpgroups owns all of a multiprocessor's, and
+    # nothing runs beside it. One that leaves room has as many a thread as its code needs.
+    leaves_room: bool = False
 
     def __post_init__(self) -> None:
-        # The pipeline gives compute warpgroups more registers than four of them can have, and a
-        # block that waits for registers waits for ever.
+        # More groups than this would want more registers than there are, and wait for ever.
         if self.num_groups > MAX_GROUPS:
             raise ValueError(f"num_groups: got {self.num_groups}, allowed: 1 to {MAX_GROUPS}")
+
+    @property
+    def compute_registers(self) -> int:
+        """Of a thread that multiplies, where a block has all registers: a multiple of 8."""
+        return min(256, (512 - COPY_REGISTERS) // self.num_groups // 8 * 8)
 
     def block_rows(self, num_rows: int) -> int:
         """Rows of a tile of x: all of them."""
@@ -96,17 +105,6 @@ class Config:
         return max(found, key=lambda rated: rated[0])[1] if found else None
 
 
-def _transforms(row_size: int, dtype: jnp.dtype) -> tuple[Any, ...]:
-    """How a tile lies in shared memory; rows of odd sizes lie as they are."""
-    swizzle = plgpu.find_swizzle(row_size * dtype.itemsize * 8)
-    if swizzle == 16:
-        return ()
-    return (
-        plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
-
-
 def widened(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """One-byte weights as x's dtype, exactly; float8 has no direct way on Hopper."""
     if weight.dtype == jnp.float8_e4m3fn:
@@ -144,7 +142,7 @@ class _Block:
         return (wide, narrow) if self.config.swap else (narrow, wide)
 
 
-def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
+def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> None:
     """One step of the loop, for the features of this warpgroup."""
     config = block.config
     weight = weight.at[pl.ds(block.group * config.block_out, config.block_out)]
@@ -155,7 +153,6 @@ def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> Ref:
     else:
         plgpu.wgmma(sums, x, weight.T)
     plgpu.wgmma_wait(0)
-    return sums
 
 
 def _finish(block: _Block, sums: jax.Array, scale_refs: list[Ref], out: Ref, smem: Ref) -> None:
@@ -203,50 +200,46 @@ def _add_up(block: _Block, sums: jax.Array, parts: Ref, full: Ref, finish: Any) 
 
 
 def _kernel(x_ref: Ref, weight_ref: Ref, *refs: Ref, config: Config, block_rows: int) -> None:
-    *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs
+    *scale_refs, out_ref, out_smem, parts_smem, parts_full = refs[:-4]
+    ring = Ring(*refs[-4:])
     tile = jax.lax.axis_index("tile") * config.num_beside + jax.lax.axis_index("beside")
     block = _Block(
         config=config, num_rows=block_rows, first=tile * (config.block_out * config.num_groups),
         share=jax.lax.axis_index("share"), group=jax.lax.axis_index("group"),
     )  # fmt: skip
-    share_in = x_ref.shape[1] // config.split_in
+    num_steps = x_ref.shape[1] // config.split_in // config.block_in
 
-    def compute(pipeline: Any) -> None:
-        def accumulate(sums_ref: Ref) -> None:
-            pipeline(sums_ref)
-            sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
-            finish = functools.partial(
-                _finish, block, scale_refs=scale_refs, out=out_ref, smem=out_smem
-            )
-            if config.split_in == 1:
-                finish(sums)
-            else:
-                _add_up(block, sums, parts_smem, parts_full, finish)
+    def accumulate(sums_ref: Ref) -> None:
+        def multiply(step: jax.Array, _: None) -> None:
+            slot = jax.lax.rem(step, jnp.int32(ring.num_stages))
+            plgpu.barrier_wait(ring.full.at[slot])
+            _multiply(block, ring.weight.at[slot], ring.x.at[slot], sums_ref)
+            plgpu.barrier_arrive(ring.free.at[slot])
 
+        jax.lax.fori_loop(0, num_steps, multiply, None)
+        sums = plgpu.layout_cast(sums_ref[...], plgpu.Layout.WGMMA)
+        finish = functools.partial(
+            _finish, block, scale_refs=scale_refs, out=out_ref, smem=out_smem
+        )
+        if config.split_in == 1:
+            finish(sums)
+        else:
+            _add_up(block, sums, parts_smem, parts_full, finish)
+
+    @pl.when(block.group < config.num_groups)
+    def compute() -> None:
+        if not config.leaves_room:
+            plgpu.set_max_registers(config.compute_registers, action="increase")
         pl.run_scoped(accumulate, plgpu.ACC(block.sums_shape, jnp.float32))
 
-    pipeline = plgpu.emit_pipeline_warp_specialized(
-        lambda _, weight, x, sums: _multiply(block, weight, x, sums),
-        grid=(share_in // config.block_in,),
-        memory_registers=40,
-        in_specs=[
-            plgpu.BlockSpec(
-                (block.size, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, weight_ref.dtype),
-            ),
-            plgpu.BlockSpec(
-                (block_rows, config.block_in), lambda step: (0, step),
-                transforms=_transforms(config.block_in, x_ref.dtype),
-                collective_axes=("beside",) if config.num_beside > 1 else (),
-            ),
-        ],
-        wg_axis="group",
-        num_compute_wgs=config.num_groups,
-        max_concurrent_steps=config.num_stages,
-        compute_context=compute,
-    )  # fmt: skip
-    columns = pl.ds(block.share * share_in, share_in)
-    pipeline(weight_ref.at[pl.ds(block.first, block.size), columns], x_ref.at[block.rows, columns])
+    @pl.when(block.group == config.num_groups)
+    def copy() -> None:
+        if not config.leaves_room:
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        copy_tiles(
+            ring, weight_ref, x_ref, block.first, block.share, num_steps,
+            is_shared=config.num_beside > 1,
+        )  # fmt: skip
 
 
 def linear_mosaic(
@@ -276,6 +269,7 @@ def linear_mosaic(
     sums_shape = (config.block_out, block_rows) if config.swap else (block_rows, config.block_out)
     num_parts = max(1, config.split_in - 1)
     split = config.split_in > 1
+    num_steps = in_size // (config.split_in * config.block_in)
     out: jax.Array = plgpu.kernel(
         functools.partial(_kernel, config=config, block_rows=block_rows),
         out_type=jax.ShapeDtypeStruct((num_rows, out_size), out_dtype),
@@ -291,10 +285,14 @@ def linear_mosaic(
         scratch_types=[
             plgpu.SMEM(
                 (config.num_groups, block_rows, config.block_out), out_dtype,
-                transforms=_transforms(config.block_out, out_dtype),
+                transforms=tile_transforms(config.block_out, out_dtype),
             ),
             plgpu.SMEM((num_parts, config.num_groups, *sums_shape) if split else (8,), jnp.float32),
             plgpu.Barrier(num_arrivals=num_parts, num_barriers=config.num_groups),
+            *ring_types(
+                min(config.num_stages, num_steps), block_size, block_rows, config.block_in,
+                (weight.dtype, x.dtype), config.num_groups, is_shared=config.num_beside > 1,
+            ),
         ],
         kernel_name="linear",
         interpret=interpret_params(interpret),

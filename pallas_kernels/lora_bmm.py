@@ -56,7 +56,7 @@ def lora_expand_bmm(
 ) -> jax.Array:
     """`lora_expand` of all tiles at once; see there. G tiles: copies G * R * out elements.
 
-    v is rounded to base's dtype, as the baseline kept it.
+    v is rounded to the pool's dtype, as the baseline kept it.
     """
     rows, num_ranks = _rows(tiles), v.shape[2]
     rank_index = jnp.arange(num_ranks, dtype=jnp.int32)
@@ -68,7 +68,7 @@ def lora_expand_bmm(
         v_rows = v.at[rows, i].get(mode="fill", fill_value=0)
         v_rows = jnp.where(rank_index[None, None, :] < ranks[:, None, None], v_rows, 0.0)
         delta = jnp.einsum(
-            "gtr,grn->gtn", v_rows.astype(base.dtype), lora_b.astype(base.dtype),
+            "gtr,grn->gtn", v_rows.astype(pool.dtype), lora_b,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
         part = jax.lax.dynamic_slice_in_dim(y, column, out_size, axis=1)

@@ -55,7 +55,7 @@ def lora_expand_reference(
 
 
 def lora_expand(
-    base: jax.Array,
+    base: jax.Array | None,
     v: jax.Array,
     pool: jax.Array,
     slot_pages: jax.Array,
@@ -71,20 +71,30 @@ def lora_expand(
 ) -> jax.Array:
     """Add each row's low-rank product to the base output, several modules side by side.
 
+    Without `base` the product alone, so that nothing here waits for the base's own product; whoever
+    reads the base's output adds it there.
+
     Semantics: y = base, and for rows t in tiles, m = modules[i] present, n < out_sizes[i]:
                y[t, column_offset + sum(out_sizes[:i]) + n] += sum_{k < rank} v[t, i, k] B_m[k, n].
-    Args:      base: `[T, W]`, given up to the result where the compiler can.
+    Args:      base: `[T, W]`, given up to the result where the compiler can; or None, which stands
+               for f32 zeros `[T, sum(out_sizes)]`: tiles then have one row, and column_offset is 0.
                v: f32 `[T, len(modules), R]`, R at least the rank of every slot in tiles.
                column_offset: i32 scalar, a multiple of gcd(128, W, *out_sizes). The rest as in
                `lora_shrink`.
-    Returns:   y: base's dtype, `[T, W]`; f32 accumulation, base included, and one rounding.
+    Returns:   y: base's dtype and shape; f32 accumulation, base included, and one rounding.
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Cost:      reads each tile's B once: sum over tiles and modules of rank * out elements.
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
     check_adapter_tables(slot_pages, tiles)
     num_tokens = tiles.row_order.shape[0]
-    if base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
+    if base is None:
+        if tiles.block_rows != 1 or tiles.slots.shape[0] < num_tokens:
+            raise ValueError(
+                f"tiles for {tiles.slots.shape[0]} times {tiles.block_rows} rows: without base "
+                f"there is one for each of the {num_tokens} rows"
+            )
+    elif base.ndim != 2 or base.shape[0] != num_tokens or sum(out_sizes) > base.shape[1]:
         raise ValueError(
             f"base has shape {base.shape}, not [{num_tokens}, at least {sum(out_sizes)}]"
         )
@@ -92,7 +102,10 @@ def lora_expand(
         raise ValueError(f"{len(out_sizes)} out_sizes for {len(modules)} modules")
     if v.ndim != 3 or v.shape[:2] != (num_tokens, len(modules)):
         raise ValueError(f"v has shape {v.shape}, not [{num_tokens}, {len(modules)}, R]")
+    if base is None and implementation != "triton":
+        base = jnp.zeros((num_tokens, sum(out_sizes)), jnp.float32)
     if implementation == "xla":
+        assert base is not None
         return lora_expand_reference(
             base,
             v,
@@ -105,6 +118,7 @@ def lora_expand(
             out_sizes=out_sizes,
         )
     if implementation == "bmm":
+        assert base is not None
         return lora_expand_bmm(
             base,
             v,
@@ -130,6 +144,7 @@ def lora_expand(
             interpret=interpret,
         )
     if implementation == "mosaic":
+        assert base is not None
         assert not isinstance(config, triton.Config)
         return mosaic.lora_expand_mosaic(
             base,

@@ -1,4 +1,7 @@
-"""LoRA expand in Pallas-Triton, in place: one program a tile and block of output chunks."""
+"""LoRA expand in Pallas-Triton: one program a tile and block of output chunks.
+
+In place, or without a base: then every row has a tile, and those without an adapter get zeros.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ class _Block(NamedTuple):
 
 
 def _kernel(
-    base_ref: Ref,
+    base_ref: Ref | None,
     v_ref: Ref,
     adapters: AdapterArrays,
     column_offset_ref: Ref,
@@ -93,7 +96,7 @@ def _kernel(
     first_chunk = (column_block - select_static(first_blocks, place)) * config.block_chunks
     first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
     # says so that columns start at multiples of it, which lets whole vectors be loaded
-    align = math.gcd(CHUNK, base_ref.shape[1], *out_sizes)
+    align = math.gcd(CHUNK, y_ref.shape[1], *out_sizes)
     offset = jax.lax.div(column_offset_ref[0], jnp.int32(align)) * align
     first_column = offset + select_static(first_columns, place)
 
@@ -101,8 +104,10 @@ def _kernel(
 
     def expand(tile: jax.Array) -> None:
         segment = read_segment(adapters, tile, select_static(modules, place))
+        # without a base a tile of no adapter writes zeros to the row that stands in its place
+        has_work = segment.rank > 0 if base_ref is not None else tile < y_ref.shape[0]
 
-        @pl.when(segment.rank > 0)
+        @pl.when(has_work)
         def _() -> None:
             block = _Block(
                 tile=tile,
@@ -141,7 +146,7 @@ def _column_blocks(out_sizes: tuple[int, ...], config: Config) -> tuple[list[int
 
 def _expand_row(
     row_place: jax.Array,
-    base_ref: Ref,
+    base_ref: Ref | None,
     v_ref: Ref,
     adapters: AdapterArrays,
     y_ref: Ref,
@@ -157,26 +162,32 @@ def _expand_row(
     where = (jnp.full_like(column, row), block.first_column + column)
     is_column = None if exact else column < block.width
     other = None if exact else 0
-    base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
+    base = None
+    if base_ref is not None:
+        base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
     index = jnp.arange(config.block_chunks, dtype=jnp.int32)
     find = functools.partial(
         _find_rows, adapters, block, block.first_chunk, num_rows=config.row_ranks
     )
 
-    def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
+    def add_ranks(step: jax.Array, carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
+        delta, rows = carry
+        following = find(step + 1)  # on its way while these rows are
         rank = step * config.row_ranks + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < block.segment.rank
         is_real = is_rank[:, None]
         if not exact:
             is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
-        b = read_rows(adapters, find(step), index, is_real)
+        b = read_rows(adapters, rows, index, is_real)
         v = _load_v(v_ref, jnp.full_like(rank, row), jnp.bool_(True), block, rank)
-        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
+        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0), following
 
     num_steps = pl.cdiv(block.segment.rank, config.row_ranks)
-    delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
-    y = (base.astype(jnp.float32) + delta).astype(base.dtype)
-    pltriton.store(y_ref.at[where], y, mask=is_column)
+    nothing = jnp.zeros(shape, jnp.float32)
+    delta, _ = jax.lax.fori_loop(0, num_steps, add_ranks, (nothing, find(jnp.int32(0))))
+    if base is not None:
+        delta = (base.astype(jnp.float32) + delta).astype(base.dtype)
+    pltriton.store(y_ref.at[where], delta, mask=is_column)
 
 
 def _load_v(
@@ -295,7 +306,7 @@ def find_config(
 
 
 def lora_expand_triton(
-    base: jax.Array,
+    base: jax.Array | None,
     v: jax.Array,
     adapters: AdapterArrays,
     column_offset: jax.Array,
@@ -320,14 +331,17 @@ def lora_expand_triton(
         _kernel, config=config, modules=modules, out_sizes=out_sizes, block_rows=block_rows
     )
     num_column_blocks = _column_blocks(out_sizes, config)[1]
+    out = jax.ShapeDtypeStruct((v.shape[0], sum(out_sizes)), jnp.float32)
+    if base is not None:
+        out = jax.ShapeDtypeStruct(base.shape, base.dtype)
     y: jax.Array = triton_call(
         kernel,
-        jax.ShapeDtypeStruct(base.shape, base.dtype),
+        out,
         name="lora_expand",
         grid=(num_column_blocks, num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
-        aliases={0: 0},
+        aliases={} if base is None else {0: 0},
     )(base, v, adapters, jnp.asarray(column_offset, jnp.int32).reshape(1))
     return y

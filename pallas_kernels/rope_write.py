@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.add_norm import rms_norm
+from pallas_kernels.add_norm import add_lora, rms_norm
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.triton_blocks import Ref, next_power_of_2, triton_call
 
@@ -76,11 +76,13 @@ def rope_write_reference(
     pages: jax.Array,
     offsets: jax.Array,
     norms: HeadNorms | None,
+    lora: jax.Array | None,
     *,
     shape: HeadShape,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     """The specification of `rope_write`."""
+    qkv = add_lora(qkv, lora)
     q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     q, k, v = jnp.split(qkv, [q_size, q_size + kv_size], axis=1)
     q = q.reshape(-1, shape.num_heads, shape.head_dim)
@@ -122,6 +124,7 @@ def _kernel(
     pages_ref: Ref,
     offsets_ref: Ref,
     norms: HeadNorms | None,  # of references
+    lora_ref: Ref | None,
     q_ref: Ref,
     pool_ref: Ref,
     *,
@@ -140,16 +143,15 @@ def _kernel(
         lane = jax.lax.broadcasted_iota(jnp.int32, lanes, 1)
         return _Block(token, head, lane, (head < num_heads) & (lane < shape.head_dim // 2))
 
+    def load_half(part: _Block, first_head: int, half: int) -> jax.Array:
+        where = (jnp.full_like(part.head, token), part.columns(half, first_head, shape))
+        base: jax.Array = pltriton.load(qkv_ref.at[where], mask=part.mask, other=0)
+        if lora_ref is None:
+            return base
+        return add_lora(base, pltriton.load(lora_ref.at[where], mask=part.mask, other=0))
+
     def load(part: _Block, first_head: int) -> tuple[jax.Array, jax.Array]:
-        first, second = (
-            pltriton.load(
-                qkv_ref.at[jnp.full_like(part.head, token), part.columns(half, first_head, shape)],
-                mask=part.mask,
-                other=0,
-            )
-            for half in (0, 1)
-        )
-        return first, second
+        return load_half(part, first_head, 0), load_half(part, first_head, 1)
 
     def turn(part: _Block, first_head: int, norm_ref: Ref | None) -> tuple[jax.Array, jax.Array]:
         halves = load(part, first_head)
@@ -225,6 +227,7 @@ def rope_write(
     pages: jax.Array,
     offsets: jax.Array,
     norms: HeadNorms | None = None,
+    lora: jax.Array | None = None,
     *,
     shape: HeadShape,
     eps: float = 0.0,
@@ -240,6 +243,7 @@ def rope_write(
                `[num_pages, 2 * K * page_size * H]`. cos, sin: f32 `[T, H / 2]`. pages, offsets:
                i32 `[T]`; padding tokens carry page 0, whose content is undefined; no other place
                is written twice. norms: weights of the norms over heads, with `eps`.
+               lora: f32 of qkv's shape, what adapters add to it; rounded with it once.
     Returns:   (q `[T, N, H]` of qkv's dtype, the pool).
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    RoFormer (arXiv:2104.09864), halves convention; PagedAttention (arXiv:2309.06180).
@@ -252,12 +256,14 @@ def rope_write(
         )
     if not cos.shape == sin.shape == (num_tokens, shape.head_dim // 2) or shape.head_dim % 2:
         raise ValueError(f"cos {cos.shape} and sin {sin.shape} are not [T, head_dim / 2]")
+    if lora is not None and (lora.shape != qkv.shape or lora.dtype != jnp.float32):
+        raise ValueError(f"lora {lora.dtype} {lora.shape} is not float32 {qkv.shape}")
     page_elems = 2 * shape.page_size * shape.num_kv_heads * shape.head_dim
     if pool.ndim != 2 or pool.shape[1] != page_elems:
         raise ValueError(f"pool has shape {pool.shape}, not [num_pages, {page_elems}]")
     if implementation == "xla":
         return rope_write_reference(
-            qkv, pool, cos, sin, pages, offsets, norms, shape=shape, eps=eps
+            qkv, pool, cos, sin, pages, offsets, norms, lora, shape=shape, eps=eps
         )  # fmt: skip
     if implementation == "triton":
         config = config or Config()
@@ -275,6 +281,6 @@ def rope_write(
             num_stages=1,
             interpret=interpret,
             aliases={1: 1},
-        )(qkv, pool, cos, sin, pages, offsets, norms)
+        )(qkv, pool, cos, sin, pages, offsets, norms, lora)
         return q, pool
     raise unknown_implementation(implementation)

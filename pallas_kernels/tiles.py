@@ -18,13 +18,14 @@ class LoraTiles:
 
     Tile g covers rows `row_order[starts[g] : starts[g + 1]]`, all of slot `slots[g]`. Base-model
     rows and padding rows are in no tile, so they cost nothing. Tiles ascend in their starts; where
-    `block_rows` is 1 the row of tile g is `row_order[g]`. Padding tiles have slot 0.
+    `block_rows` is 1 the row of tile g is `row_order[g]`. Padding tiles have slot 0. Kernels take
+    tiles in their order: those of high rank should come first.
 
     `segments` are those of the tiles' slots, gathered once a step: what a kernel must know before
     it can read anything is then one load away, in every layer.
     """
 
-    row_order: jax.Array  # [T]; rows in tiles first, the rest is padding
+    row_order: jax.Array  # [T]; every row once, rows in tiles first
     starts: jax.Array  # [G + 1]
     slots: jax.Array  # [G]
     segments: jax.Array  # [L, G, 7, 4]; kind 0 everywhere in padding tiles

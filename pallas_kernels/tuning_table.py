@@ -17,8 +17,13 @@ C = TypeVar("C")
 
 
 def device_kind() -> str:
-    """The kind of the default device, spelled as the name of a file ("nvidia-h200")."""
-    return str(jax.devices()[0].device_kind).lower().replace(" ", "-")
+    """The kind of device that is traced for, spelled as the name of a file ("nvidia-h200").
+
+    Inside a mesh its devices, which need not exist; else the default device.
+    """
+    target = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = jax.devices()[0].device_kind if target is None else target.device_kind
+    return str(kind).lower().replace(" ", "-")
 
 
 def shape_key(**sizes: object) -> str:

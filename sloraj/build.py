@@ -36,10 +36,11 @@ from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, r
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
 from sloraj.errors import ConfigError
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
 from sloraj.model.merge import check_mergeable, merge_adapter
 from sloraj.model.quantize import quantize_layer
 from sloraj.model.rope import max_context
+from sloraj.model.step import StepSpec
 from sloraj.model.weights import Leaves, Progress, load_parameters, random_parameters
 from sloraj.parallel.mesh import check_divisible, local_kv_heads, make_mesh
 from sloraj.policies.cost import base_bytes

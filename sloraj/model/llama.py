@@ -13,19 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from checkpoints.model_config import TARGET_MODULES, ModelConfig
-from pallas_kernels.add_norm import add_rms_norm, rms_norm
-from pallas_kernels.dispatch import KernelChoice
+from checkpoints.model_config import TARGET_MODULES
+from pallas_kernels.add_norm import add_lora, add_rms_norm, rms_norm
 from pallas_kernels.linear import linear
-from pallas_kernels.lora_expand import lora_expand
-from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from pallas_kernels.rope_write import HeadNorms, HeadShape, rope_write
-from pallas_kernels.tiles import LoraTiles, QueryTiles
+from sloraj.model.lora import LoraDelta, Output
 from sloraj.model.rope import rope_frequencies, rotation
+from sloraj.model.step import StepInputs, StepSpec
 from sloraj.parallel.collectives import (
     device_index,
-    gather_rank_rows,
     gather_vocab,
     sum_partial,
 )
@@ -34,36 +31,6 @@ from sloraj.parallel.sharding import ParamRule, layer_rules, top_rules
 
 UNLIMITED = 2**31 - 1  # window of full attention
 Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = range(len(TARGET_MODULES))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepSpec:
-    """What is fixed when a program is compiled."""
-
-    config: ModelConfig
-    tp: int
-    page_size: int
-    max_rank: int  # padded rank of the shrink outputs; a multiple of tp
-    kernels: KernelChoice
-    quantization: str | None = None  # of the layers' linear weights: "int8", "fp8"
-    lora_modules: tuple[int, ...] = tuple(range(len(TARGET_MODULES)))  # others have no kernels
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """Per-step device arrays, i32, shared by all layers. Padding tokens have page 0."""
-
-    token_ids: jax.Array  # [T]
-    positions: jax.Array  # [T]
-    rows: jax.Array  # [T] row-state index
-    pages: jax.Array  # [T] page that the token's key and value go to
-    offsets: jax.Array  # [T] place in that page
-    lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
-    page_table: jax.Array  # [rows, pages_per_row]
-    slot_pages: jax.Array  # [slots, max_adapter_pages]
-    lora_tiles: LoraTiles
-    query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)
 
 
 class _Parameters(nnx.Module):
@@ -94,7 +61,7 @@ class DecoderLayer(_Parameters):
     def __call__(
         self,
         x: jax.Array,
-        delta: jax.Array,
+        added: Output,
         pool: jax.Array,
         layer: jax.Array,
         window: jax.Array,
@@ -102,18 +69,20 @@ class DecoderLayer(_Parameters):
         sin: jax.Array,
         inputs: StepInputs,
         spec: StepSpec,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Output, jax.Array]:
         """The residual stream and what this block adds to it, each `[T, D]`, and the pool.
 
-        x, delta: the same of the block before; they are added where the sum is normed anyway.
+        x, added: the same of the block before; they are added where the sum is normed anyway.
         pool: `[pages, page_elems]`; keys and values of the step are written to it.
         """
         eps, kernel = spec.config.rms_norm_eps, spec.kernels.add_rms_norm
         with jax.named_scope("attention"):
-            x, h = add_rms_norm(x, delta, self.input_norm[...], eps, implementation=kernel)
-            delta, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
+            norm = self.input_norm[...]
+            x, h = add_rms_norm(x, added.base, norm, eps, added.lora, implementation=kernel)
+            added, pool = self._attention(h, pool, layer, window, cos, sin, inputs, spec)
         with jax.named_scope("mlp"):
-            x, h = add_rms_norm(x, delta, self.post_norm[...], eps, implementation=kernel)
+            norm = self.post_norm[...]
+            x, h = add_rms_norm(x, added.base, norm, eps, added.lora, implementation=kernel)
             return x, self._mlp(h, pool, layer, inputs, spec), pool
 
     def _attention(
@@ -126,17 +95,17 @@ class DecoderLayer(_Parameters):
         sin: jax.Array,
         inputs: StepInputs,
         spec: StepSpec,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[Output, jax.Array]:
         config = spec.config
         num_heads = config.num_heads // spec.tp
         num_kv_heads = local_kv_heads(config, spec.tp)
         q_size, kv_size = num_heads * config.head_dim, num_kv_heads * config.head_dim
-        delta = _Delta(pool, layer, inputs, spec)
-        qkv = self.linear_with_bias("qkv", h, spec)
-        qkv = delta.column(qkv, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
+        delta = LoraDelta(pool, layer, inputs, spec)
+        base = self.linear_with_bias("qkv", h, spec)
+        qkv = delta.column(base, h, (Q_PROJ, K_PROJ, V_PROJ), (q_size, kv_size, kv_size))
         norms = HeadNorms(self.q_norm[...], self.k_norm[...]) if config.qk_norm else None
         q, pool = rope_write(
-            qkv, pool, cos, sin, inputs.pages, inputs.offsets, norms,
+            qkv.base, pool, cos, sin, inputs.pages, inputs.offsets, norms, qkv.lora,
             shape=HeadShape(
                 num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=config.head_dim,
                 page_size=spec.page_size,
@@ -146,78 +115,29 @@ class DecoderLayer(_Parameters):
         )  # fmt: skip
         attended = _attend(q, pool, window, num_kv_heads, inputs, spec)
         attended = attended.reshape(-1, q_size)
-        delta = _Delta(pool, layer, inputs, spec)
-        partial = delta.row(self.linear("o", attended, spec), attended, O_PROJ)
-        out = sum_partial(partial, spec.tp)
-        bias = self.param("o_bias")
-        return (out if bias is None else out + bias[None, :]), pool
+        return self._row_parallel("o", attended, O_PROJ, pool, layer, inputs, spec), pool
+
+    def _row_parallel(
+        self, name: str, x: jax.Array, module: int, pool: jax.Array, layer: jax.Array,
+        inputs: StepInputs, spec: StepSpec,
+    ) -> Output:  # fmt: skip
+        """Through the weight `name`, of which each device has some input columns."""
+        partial, lora = LoraDelta(pool, layer, inputs, spec).row(
+            self.linear(name, x, spec), x, module
+        )
+        out, bias = sum_partial(partial, spec.tp), self.param(f"{name}_bias")
+        return Output(out if bias is None else out + bias[None, :], lora)
 
     def _mlp(
         self, h: jax.Array, pool: jax.Array, layer: jax.Array, inputs: StepInputs, spec: StepSpec
-    ) -> jax.Array:
+    ) -> Output:
         f = spec.config.intermediate_size // spec.tp
-        delta = _Delta(pool, layer, inputs, spec)
-        gate_up = self.linear_with_bias("gate_up", h, spec)
-        gate_up = delta.column(gate_up, h, (GATE_PROJ, UP_PROJ), (f, f))
+        delta = LoraDelta(pool, layer, inputs, spec)
+        base = self.linear_with_bias("gate_up", h, spec)
+        gate_up = add_lora(*delta.column(base, h, (GATE_PROJ, UP_PROJ), (f, f)))
         gate, up = jnp.split(gate_up, 2, axis=1)
         h = jax.nn.silu(gate) * up
-        out = sum_partial(delta.row(self.linear("down", h, spec), h, DOWN_PROJ), spec.tp)
-        bias = self.param("down_bias")
-        return out if bias is None else out + bias[None, :]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Delta:
-    """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2)."""
-
-    pool: jax.Array
-    layer: jax.Array
-    inputs: StepInputs
-    spec: StepSpec
-
-    def column(
-        self, base: jax.Array, x: jax.Array, modules: tuple[int, ...], out_sizes: tuple[int, ...]
-    ) -> jax.Array:
-        """Column-parallel: each device shrinks with its rank rows, then one fused all-gather."""
-        if not set(modules) & set(self.spec.lora_modules):
-            return base
-        tp = self.spec.tp
-        v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
-        return self._expand(base, gather_rank_rows(v, tp), modules, out_sizes, jnp.int32(0))
-
-    def row(self, base: jax.Array, x: jax.Array, module: int) -> jax.Array:
-        """Row-parallel: the partial shrink is summed; the device adds its columns to its
-        partial.
-        """
-        if module not in self.spec.lora_modules:
-            return base
-        tp = self.spec.tp
-        v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
-        columns = self.spec.config.hidden_size // tp
-        return self._expand(base, v, (module,), (columns,), device_index(tp) * columns)
-
-    def _shrink(
-        self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
-    ) -> jax.Array:
-        return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels.lora_shrink,
-        )  # fmt: skip
-
-    def _expand(
-        self,
-        base: jax.Array,
-        v: jax.Array,
-        modules: tuple[int, ...],
-        out_sizes: tuple[int, ...],
-        column_offset: jax.Array,
-    ) -> jax.Array:
-        return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels.lora_expand,
-        )  # fmt: skip
+        return self._row_parallel("down", h, DOWN_PROJ, pool, layer, inputs, spec)
 
 
 def _attend(
@@ -331,15 +251,16 @@ def forward(
     def run_layer(
         leaves: dict[str, jax.Array],
         x: jax.Array,
-        delta: jax.Array,
+        added: Output,
         pool: jax.Array,
         layer: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return model.layer(leaves)(x, delta, pool, layer, window, cos, sin, inputs, spec)
+    ) -> tuple[jax.Array, Output, jax.Array]:
+        return model.layer(leaves)(x, added, pool, layer, window, cos, sin, inputs, spec)
 
     x = ends.embed_tokens(inputs.token_ids, spec)
-    delta = jnp.zeros_like(x)
+    added = Output(jnp.zeros_like(x))
     pools = list(pools)
     for index, leaves in enumerate(layer_leaves):
-        x, delta, pools[index] = run_layer(leaves, x, delta, pools[index], jnp.int32(index))
-    return pools, ends.logits(x[logit_indices] + delta[logit_indices], spec)
+        x, added, pools[index] = run_layer(leaves, x, added, pools[index], jnp.int32(index))
+    last = Output(*jax.tree.map(lambda part: part[logit_indices], added))
+    return pools, ends.logits(x[logit_indices] + add_lora(*last), spec)

@@ -22,12 +22,13 @@ _NAMES = tuple(MODULES)
 
 
 class SlotVariants:
-    """What each adapter slot needs of a program, of those variants that were compiled."""
+    """What each adapter slot needs of a program, of those variants that were compiled; its rank."""
 
     def __init__(self, compiled: tuple[str, ...]) -> None:
         assert "all" in compiled
         self._compiled = tuple(name for name in _NAMES if name in compiled)
         self._needs: dict[int, int] = {0: 0}  # slot -> place in _NAMES; slot 0 is the base
+        self._ranks: dict[int, int] = {0: 0}
 
     def bind(self, slot: int, segments: np.ndarray) -> None:
         """Slot now holds an adapter with these segments, i32 `[layers, 7, 4]`."""
@@ -35,6 +36,11 @@ class SlotVariants:
         self._needs[slot] = next(
             i for i, name in enumerate(_NAMES) if present <= set(MODULES[name])
         )
+        self._ranks[slot] = int(segments[..., 3].max(initial=0))
+
+    def rank_of(self, slot: int) -> int:
+        """The largest rank in the slot; 0 where nothing was ever bound."""
+        return self._ranks.get(slot, 0)
 
     def of(self, slots: Iterable[int]) -> str:
         """The least compiled variant that serves rows of these slots."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -70,9 +70,17 @@ def step_packing(bucket: Bucket) -> Packing:
 
 
 def pack_step(
-    batch: ScheduledBatch, bucket: Bucket, *, null_row: int, page_size: int
+    batch: ScheduledBatch,
+    bucket: Bucket,
+    *,
+    null_row: int,
+    page_size: int,
+    rank_of: Callable[[int], int],
 ) -> np.ndarray:
-    """The buffer of one step. Rows beyond the batch are padding that points at the null row."""
+    """The buffer of one step. Rows beyond the batch are padding that points at the null row.
+
+    `rank_of(slot)`: the largest rank in an adapter slot.
+    """
     packing = step_packing(bucket)
     buffer = np.zeros(packing.size, np.int32)
     fields = packing.split(buffer)
@@ -89,7 +97,7 @@ def pack_step(
     fields["batch_rows"][:n] = [r.row for r in batch.rows]
     fields["num_read_pages"][:n] = [div_ceil(r.start + r.num_tokens, page_size) for r in batch.rows]
     _pack_appends(batch.rows, fields, page_size)
-    _pack_lora_tiles(batch.rows, fields, bucket.block_rows)
+    _pack_lora_tiles(batch.rows, fields, bucket.block_rows, rank_of)
     if not bucket.is_decode:
         _pack_attention(batch.rows, fields, bucket.block_q)
     return buffer
@@ -156,15 +164,22 @@ def _pack_appends(
 
 
 def _pack_lora_tiles(
-    rows: Sequence[ScheduledRow], fields: dict[str, np.ndarray], block_rows: int
+    rows: Sequence[ScheduledRow],
+    fields: dict[str, np.ndarray],
+    block_rows: int,
+    rank_of: Callable[[int], int],
 ) -> None:
+    """Tiles by falling rank: the device takes them in order, and should not begin a long one last.
+
+    `row_order` names every row once: those in no tile, padding too, come last.
+    """
     starts_of = np.concatenate([[0], np.cumsum([r.num_tokens for r in rows])])
     by_slot: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         if row.slot:
             by_slot.setdefault(row.slot, []).append(index)
     starts, slots, order, covered = [0], [], [], 0
-    for slot in sorted(by_slot):
+    for slot in sorted(by_slot, key=lambda slot: (-rank_of(slot), slot)):
         size = 0
         for index in by_slot[slot]:
             order.append(np.arange(starts_of[index], starts_of[index + 1]))
@@ -174,8 +189,12 @@ def _pack_lora_tiles(
             starts.append(covered + min(begin + block_rows, size))
         covered += size
     n = len(slots)
+    num_rows = len(fields["row_order"])
+    is_in_tile = np.zeros(num_rows, np.bool_)
     if n:
         fields["row_order"][:covered] = np.concatenate(order)
+        is_in_tile[fields["row_order"][:covered]] = True
+    fields["row_order"][covered:] = np.flatnonzero(~is_in_tile)
     fields["tile_starts"][: n + 1] = starts
     fields["tile_starts"][n + 1 :] = covered
     fields["tile_slots"][:n] = slots

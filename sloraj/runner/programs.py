@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.tiles import LoraTiles, QueryTiles
-from sloraj.model.llama import Model, StepInputs, forward
+from sloraj.model.llama import Model, forward
+from sloraj.model.step import StepInputs
 from sloraj.parallel.mesh import replicated
 from sloraj.parallel.sharding import ParamRule
 from sloraj.runner.buckets import Bucket

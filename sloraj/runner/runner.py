@@ -173,7 +173,10 @@ class DeviceRunner:
     def _run_forward(self, bucket: Bucket, variant: str, batch: ScheduledBatch) -> StepLogits:
         page_size = self._config.layout.page_size
         program = self._programs["forward", bucket.name, variant]
-        buffer: Any = pack_step(batch, bucket, null_row=self._null_row, page_size=page_size)
+        buffer: Any = pack_step(
+            batch, bucket, null_row=self._null_row, page_size=page_size,
+            rank_of=self._slot_variants.rank_of,
+        )  # fmt: skip
         self._staged = {}
         if batch.sends:
             # Copies to the device pass one after the other: the step's own data, and that of the

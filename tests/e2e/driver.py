@@ -16,7 +16,8 @@ from pallas_kernels.dispatch import Implementation, KernelChoice
 from sloraj.adapters.layout import max_adapter_pages, pack_adapter
 from sloraj.batch import AdapterInstall, ScheduledBatch, ScheduledRow
 from sloraj.config import PoolLayout, div_ceil
-from sloraj.model.llama import StepSpec, abstract_model
+from sloraj.model.llama import abstract_model
+from sloraj.model.step import StepSpec
 from sloraj.model.weights import load_parameters
 from sloraj.parallel.mesh import local_kv_heads, make_mesh
 from sloraj.request import SamplingParams, Sequence

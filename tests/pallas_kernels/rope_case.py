@@ -19,10 +19,17 @@ class RopeCase(NamedTuple):
     pages: np.ndarray
     offsets: np.ndarray
     norms: HeadNorms | None
+    lora: np.ndarray | None = None
 
 
 def make_rope_case(
-    shape: HeadShape, *, num_tokens: int, has_norms: bool, dtype: Any, seed: int
+    shape: HeadShape,
+    *,
+    num_tokens: int,
+    has_norms: bool,
+    dtype: Any,
+    seed: int,
+    has_lora: bool = False,
 ) -> RopeCase:
     """Tokens at places of their own, every third one padding."""
     rng = np.random.default_rng(seed)
@@ -40,6 +47,7 @@ def make_rope_case(
         pages=pages,
         offsets=rng.integers(0, shape.page_size, num_tokens, dtype=np.int32),
         norms=HeadNorms(*weights) if has_norms else None,  # type: ignore[arg-type]
+        lora=rng.normal(size=(num_tokens, shape.width)).astype(np.float32) if has_lora else None,
     )
 
 
@@ -60,7 +68,10 @@ def rope_oracle(case: RopeCase, shape: HeadShape, eps: float) -> tuple[np.ndarra
             out[half + i] = x[half + i] * cos + x[i] * sin
         return out
 
-    for token, row in enumerate(case.qkv.astype(np.float64)):
+    qkv = case.qkv.astype(np.float64)
+    if case.lora is not None:
+        qkv = (qkv + case.lora).astype(case.qkv.dtype).astype(np.float64)  # rounded before norms
+    for token, row in enumerate(qkv):
         parts = row.reshape(heads + 2 * kv_heads, head_dim)
         for head in range(heads):
             q[token, head] = turned(parts[head], token, case.norms and case.norms.q)

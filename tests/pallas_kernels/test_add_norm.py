@@ -14,12 +14,13 @@ from pallas_kernels.add_norm import add_rms_norm
 EPS = 1e-5
 
 
-def run(x: Any, delta: Any, weight: Any, implementation: str) -> Any:
+def run(x: Any, delta: Any, weight: Any, implementation: str, lora: Any = None) -> Any:
+    interpret = implementation == "triton"
     return jax.jit(
-        lambda *arrays: add_rms_norm(
-            *arrays, EPS, implementation=implementation, interpret=implementation == "triton"
+        lambda x, delta, weight, lora: add_rms_norm(
+            x, delta, weight, EPS, lora, implementation=implementation, interpret=interpret
         )
-    )(x, delta, weight)
+    )(x, delta, weight, lora)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
@@ -51,6 +52,22 @@ def test_bfloat16_answers_are_two_roundings_from_float64(implementation: str) ->
     np.testing.assert_allclose(np.asarray(normed, np.float64), want, rtol=3.1 * 2**-8)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_what_adapters_add_is_rounded_once_with_what_they_add_to(
+    implementation: str, dtype: Any
+) -> None:
+    rng = np.random.default_rng(2)
+    x, delta = rng.normal(size=(2, 4, 896)).astype(dtype)
+    weight = rng.uniform(0.5, 1.5, 896).astype(dtype)
+    lora = rng.normal(size=x.shape).astype(np.float32)
+    added = (delta.astype(np.float64) + lora).astype(np.float32).astype(dtype)
+    got = run(x, delta, weight, implementation, lora)
+    want = run(x, added, weight, implementation)
+    for one, other in zip(got, want, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
 def test_a_row_that_is_not_finite_stays_so_and_alone() -> None:
     x = np.ones((3, 64), np.float32)
     x[1, 5] = np.nan
@@ -66,5 +83,7 @@ def test_impossible_arguments_are_refused() -> None:
         add_rms_norm(x, x[:1], weight, EPS, implementation="xla")
     with pytest.raises(ValueError, match="disagree"):
         add_rms_norm(x, x, weight.astype(jnp.bfloat16), EPS, implementation="xla")
+    with pytest.raises(ValueError, match="is not float32 \\(2, 64\\)"):
+        add_rms_norm(x, x, weight, EPS, x[:1], implementation="xla")
     with pytest.raises(ValueError, match="'tpu' is not one that"):
         add_rms_norm(x, x, weight, EPS, implementation="tpu")

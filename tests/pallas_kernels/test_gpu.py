@@ -121,6 +121,11 @@ def test_lora_kernels_agree_with_the_oracle(implementation: str, batch: Any) -> 
     untouched = case.row_slots == 0
     assert base[untouched].tobytes() == expanded[untouched].tobytes()
 
+    if case.tiles.block_rows == 1:
+        apart = np.asarray(run(case.x, None, v, *adapters)[1])
+        assert_close(apart, case.expanded(np.zeros(base.shape), v, modules, sizes, 0))
+        assert not apart[untouched].any()
+
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -228,8 +233,9 @@ def test_mosaic_attention_agrees_with_the_oracle(
 @pytest.mark.parametrize("model", ["llama-7b", "llama-3.1-8b", "qwen2-0.5b", "demo"])
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
 @pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("has_lora", [False, True])
 def test_heads_turn_and_land_in_their_places(
-    model: str, implementation: str, has_norms: bool
+    model: str, implementation: str, has_norms: bool, has_lora: bool
 ) -> None:
     sizes = MODELS[model]
     shape = HeadShape(
@@ -238,7 +244,9 @@ def test_heads_turn_and_land_in_their_places(
         head_dim=sizes.head_dim,
         page_size=sizes.page_size,
     )
-    case = make_rope_case(shape, num_tokens=32, has_norms=has_norms, dtype=jnp.bfloat16, seed=3)
+    case = make_rope_case(
+        shape, num_tokens=32, has_norms=has_norms, dtype=jnp.bfloat16, seed=3, has_lora=has_lora
+    )
     run = jax.jit(
         lambda *arrays: rope_write(*arrays, shape=shape, eps=1e-5, implementation=implementation)
     )
@@ -256,10 +264,18 @@ def test_sum_and_norm(width: int, implementation: str) -> None:
     rng = np.random.default_rng(0)
     x, delta = rng.normal(size=(2, 64, width)).astype(jnp.bfloat16)
     weight = rng.uniform(0.5, 1.5, width).astype(jnp.bfloat16)
-    run = jax.jit(lambda *arrays: add_rms_norm(*arrays, 1e-5, implementation=implementation))
-    total, normed = run(x, delta, weight)
-    want = x.astype(np.float64) + delta.astype(np.float64)
-    assert_close(total, want)
-    rounded = np.asarray(total).astype(np.float64)  # what is normed
-    scale = 1 / np.sqrt((rounded**2).mean(axis=1, keepdims=True) + 1e-5)
-    assert_close(normed, rounded * scale * weight.astype(np.float64), inner=jnp.bfloat16)
+    lora = rng.normal(size=x.shape).astype(np.float32)
+    run = jax.jit(
+        lambda x, delta, lora: add_rms_norm(
+            x, delta, weight, 1e-5, lora, implementation=implementation
+        )
+    )
+    for added in (None, lora):
+        total, normed = run(x, delta, added)
+        want = x.astype(np.float64) + delta.astype(np.float64)
+        if added is not None:
+            want = (delta.astype(np.float64) + added).astype(jnp.bfloat16).astype(np.float64) + x
+        assert_close(total, want)
+        rounded = np.asarray(total).astype(np.float64)  # what is normed
+        scale = 1 / np.sqrt((rounded**2).mean(axis=1, keepdims=True) + 1e-5)
+        assert_close(normed, rounded * scale * weight.astype(np.float64), inner=jnp.bfloat16)

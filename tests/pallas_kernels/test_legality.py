@@ -93,6 +93,9 @@ def test_lora_kernels_lower(
     base, v = bf16(num_tokens, sum(out_sizes)), (num_tokens, len(modules), max_rank)
     program = lowered(expand, base, array(*v, dtype=jnp.float32), *arrays, array(), donate=(0,))
     assert "output_operand_alias" in program
+    if block_rows == 1:
+        program = lowered(expand, None, array(*v, dtype=jnp.float32), *arrays, array())
+        assert TRITON in program and "output_operand_alias" not in program
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,8 @@ def test_attention_and_kv_kernels_lower(model: ModelShape) -> None:
 @pytest.mark.parametrize(
     "model", [*MODELS.values(), *ODD_HEADS.values()], ids=[*MODELS, *ODD_HEADS]
 )
-@pytest.mark.parametrize("has_norms", [False, True])
-def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool) -> None:
+@pytest.mark.parametrize(("has_norms", "has_lora"), [(False, False), (True, False), (True, True)])
+def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool, has_lora: bool) -> None:
     shape = HeadShape(
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
@@ -155,17 +158,20 @@ def test_elementwise_kernels_lower(model: ModelShape, has_norms: bool) -> None:
     def write(*args: Any) -> Any:
         return rope_write(*args, shape=shape, eps=1e-6, implementation="triton")
 
+    lora = array(64, shape.width, dtype=jnp.float32) if has_lora else None
+    places = (array(64), array(64))
     program = lowered(
-        write, bf16(64, shape.width), pool, angle, angle, array(64), array(64), norms, donate=(1,)
+        write, bf16(64, shape.width), pool, angle, angle, *places, norms, lora, donate=(1,)
     )
     assert TRITON in program
     assert "output_operand_alias" in program
 
-    def add_norm(*args: Any) -> Any:
-        return add_rms_norm(*args, 1e-6, implementation="triton")
+    def add_norm(x: Any, delta: Any, weight: Any, lora: Any) -> Any:
+        return add_rms_norm(x, delta, weight, 1e-6, lora, implementation="triton")
 
     x = bf16(64, model.hidden_size)
-    assert TRITON in lowered(add_norm, x, x, bf16(model.hidden_size))
+    lora = array(*x.shape, dtype=jnp.float32) if has_lora else None
+    assert TRITON in lowered(add_norm, x, x, bf16(model.hidden_size), lora)
 
 
 @needs_mosaic

@@ -171,6 +171,7 @@ def make_mosaic(**changes: Any) -> mosaic.Config:
         ("int8", (13, 128, 128), {}),
         ("bfloat16", (1, 192, 128), {"num_groups": 2}),  # features past the end of the weight
         ("bfloat16", (64, 96, 128), {"block_out": 32, "swap": False}),
+        ("bfloat16", (64, 96, 512), {"block_out": 32, "swap": False, "leaves_room": True}),
         ("bfloat16", (5, 96, 192), {"block_out": 40, "swap": False}),
         ("int8", (8, 256, 128), {"num_groups": 2}),
         ("fp8", (16, 128, 192), {"num_beside": 2}),  # two blocks share the copies of x

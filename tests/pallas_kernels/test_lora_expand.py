@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import triton_blocks
+from pallas_kernels.add_norm import add_lora
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_expand_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
@@ -86,6 +88,38 @@ def test_every_row_gets_the_delta_of_its_own_adapter(
     assert_untouched_rows_are_equal_bit_for_bit(base, y, case.row_slots)
     if popularity == "base-only":
         assert base.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_without_a_base_every_row_gets_the_product_alone_and_base_rows_zeros(
+    implementation: str, popularity: str
+) -> None:
+    out_sizes = {0: 200, 1: 72, 2: 72}
+    case = make_case(
+        row_slots=row_slots(popularity, 9, len(MIXED), seed=3),
+        ranks=MIXED,
+        in_size=64,
+        out_size=out_sizes,
+        page_elems=1024,
+        block_rows=1,
+        dtype=jnp.bfloat16,
+        seed=4,
+    )
+    modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
+    rng = np.random.default_rng(5)
+    v = rng.normal(size=(9, 3, 64)).astype(np.float32)
+    base = rng.normal(size=(9, sum(sizes))).astype(jnp.bfloat16)
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles, np.int32(0))
+    run = compiled(modules=modules, out_sizes=sizes, implementation=implementation)
+    apart = np.asarray(run(None, v, *adapters))
+    assert apart.dtype == np.float32
+    nothing = np.zeros(base.shape, np.float32)
+    assert_close(apart, case.expanded(nothing, v, modules, sizes, 0))
+    assert not apart[case.row_slots == 0].any()
+    in_place = np.asarray(run(base, v, *adapters))
+    added = jax.jit(add_lora)(base, apart)  # elsewhere, and yet the same bits
+    assert np.asarray(added).tobytes() == in_place.tobytes()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -273,6 +307,16 @@ def test_impossible_arguments_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="'' is not one that this op has"):
         expand(case, out_sizes={0: 128}, num_ranks=8, implementation="")
+    several = dataclasses.replace(case.tiles, block_rows=2)
+    with pytest.raises(ValueError, match="without base there is one for each of the 1 rows"):
+        lora_expand(
+            None,
+            jnp.zeros((1, 1, 8)),
+            *(case.pool, case.slot_pages, np.int32(0), several, np.int32(0)),
+            modules=(0,),
+            out_sizes=(128,),
+            implementation="xla",
+        )
     for shape, message in (((1, 100), "at least 128"), ((2, 128), "not \\[1,")):
         with pytest.raises(ValueError, match=message):
             lora_expand(

@@ -72,6 +72,26 @@ def test_every_row_gets_its_own_change_and_base_rows_none(page_chunks: int) -> N
     assert expanded[:, :128].tobytes() == base[:, :128].tobytes()
 
 
+@needs_interpreter
+def test_without_a_base_rows_get_the_product_alone() -> None:
+    case = make_case(
+        row_slots=np.array([1, 0, 2, 2]), ranks=RANKS, in_size=384, out_size=OUT,
+        page_elems=1024, block_rows=1, dtype=jnp.bfloat16, seed=3,
+    )  # fmt: skip
+    sizes = tuple(OUT[module] for module in MODULES)
+    v = np.random.default_rng(1).normal(size=(4, 3, 16)).astype(np.float32)
+    y = lora_expand(
+        None, jnp.asarray(v), *arrays(case), jnp.int32(0), modules=MODULES, out_sizes=sizes,
+        implementation="mosaic", interpret=True,
+        config=lora_expand_mosaic.Config(block_chunks=2, num_slots=4),
+    )  # fmt: skip
+    expanded = np.asarray(y)
+    assert expanded.dtype == np.float32
+    nothing = np.zeros((4, sum(sizes)), np.float32)
+    assert_close(expanded, case.expanded(nothing, v, MODULES, sizes, 0))
+    assert not expanded[1].any()
+
+
 def test_a_width_of_partial_chunks_is_refused() -> None:
     case = make(8)
     keywords: dict[str, Any] = {"modules": (0,), "implementation": "mosaic"}

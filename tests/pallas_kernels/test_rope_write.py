@@ -21,12 +21,14 @@ EPS = 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
-@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("has_norms", "has_lora"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_heads_turn_and_tokens_land_in_their_places_and_nowhere_else(
-    implementation: str, has_norms: bool, shape: HeadShape
+    implementation: str, has_norms: bool, has_lora: bool, shape: HeadShape
 ) -> None:
-    case = make_rope_case(shape, num_tokens=7, has_norms=has_norms, dtype=np.float32, seed=1)
+    case = make_rope_case(
+        shape, num_tokens=7, has_norms=has_norms, dtype=np.float32, seed=1, has_lora=has_lora
+    )
 
     @jax.jit
     def run(*arrays: Any) -> Any:
@@ -51,9 +53,14 @@ def test_heads_turn_and_tokens_land_in_their_places_and_nowhere_else(
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("has_norms", [False, True])
-def test_bfloat16_answers_are_rounded_and_no_worse(implementation: str, has_norms: bool) -> None:
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_bfloat16_answers_are_rounded_and_no_worse(
+    implementation: str, has_norms: bool, has_lora: bool
+) -> None:
     shape = SHAPES[0]
-    case = make_rope_case(shape, num_tokens=6, has_norms=has_norms, dtype=jnp.bfloat16, seed=2)
+    case = make_rope_case(
+        shape, num_tokens=6, has_norms=has_norms, dtype=jnp.bfloat16, seed=2, has_lora=has_lora
+    )
     q, pool = jax.jit(
         lambda *arrays: rope_write(
             *arrays,
@@ -106,5 +113,7 @@ def test_impossible_arguments_are_refused() -> None:
         run(qkv=case.qkv[:, 1:])
     with pytest.raises(ValueError, match="head_dim / 2"):
         run(cos=case.cos[:, 1:])
+    with pytest.raises(ValueError, match="lora float64"):
+        run(lora=case.qkv.astype(np.float64))
     with pytest.raises(ValueError, match="'tpu' is not one that"):
         run("tpu")

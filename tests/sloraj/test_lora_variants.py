@@ -52,6 +52,14 @@ def test_a_slot_means_what_it_was_bound_to_last() -> None:
     assert variants.of([1]) == "all"
 
 
+def test_a_slot_has_the_largest_rank_it_was_bound_to_last() -> None:
+    variants = slots()
+    table = segments(0, 2)
+    table[1, 2, 3] = 64
+    variants.bind(1, table)
+    assert [variants.rank_of(slot) for slot in (0, 1, 2, 4, 9)] == [0, 64, 8, 0, 0]
+
+
 def test_a_variant_that_was_not_compiled_gives_way_to_a_greater_one() -> None:
     assert slots(("all",)).of([0]) == "all"
     assert slots(("base", "all")).of([1]) == "all"

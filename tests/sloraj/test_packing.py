@@ -16,6 +16,7 @@ from sloraj.runner.packing import UNKNOWN, pack_step, step_packing
 
 PAGE_SIZE, NULL_ROW = 4, 8
 BUCKETS = make_buckets(8, 64, PAGE_SIZE, 16)
+RANKS = {0: 0, 1: 8, 2: 64, 7: 16}  # of slots
 
 
 def make_row(row: int, *, slot: int, start: int, num_tokens: int, known: int) -> ScheduledRow:
@@ -52,7 +53,9 @@ def random_batch(seed: int) -> ScheduledBatch:
 
 def pack(batch: ScheduledBatch) -> tuple[Bucket, dict[str, np.ndarray]]:
     bucket = BUCKETS.pick(batch.num_tokens, batch.is_decode, batch.chunks)
-    buffer = pack_step(batch, bucket, null_row=NULL_ROW, page_size=PAGE_SIZE)
+    buffer = pack_step(
+        batch, bucket, null_row=NULL_ROW, page_size=PAGE_SIZE, rank_of=RANKS.__getitem__
+    )
     return bucket, step_packing(bucket).split(buffer)
 
 
@@ -69,6 +72,15 @@ def test_every_adapter_token_is_in_exactly_one_tile_of_its_slot(seed: int) -> No
             assert token not in seen
             seen[token] = fields["tile_slots"][tile]
     assert seen == {t: slot for t, slot in enumerate(slot_of) if slot}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tiles_of_high_rank_come_first_and_rows_without_a_tile_last(seed: int) -> None:
+    bucket, fields = pack(random_batch(seed))
+    num_tiles = int(fields["num_tiles"][0])
+    ranks = [RANKS[int(slot)] for slot in fields["tile_slots"][:num_tiles]]
+    assert ranks == sorted(ranks, reverse=True)
+    assert sorted(fields["row_order"].tolist()) == list(range(bucket.num_tokens))
 
 
 @pytest.mark.parametrize("seed", range(40))

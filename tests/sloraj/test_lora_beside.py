@@ -1,0 +1,97 @@
+"""What a step's LoRA kernels wait for, read from the traced programs of a GPU: nothing is run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from checkpoints.model_config import ModelConfig
+from pallas_kernels.dispatch import KernelChoice
+from sloraj.config import PoolLayout
+from sloraj.model.llama import abstract_model
+from sloraj.model.step import StepSpec
+from sloraj.parallel.mesh import make_mesh
+from sloraj.runner.buckets import make_buckets
+from sloraj.runner.jobs import make_jobs
+from sloraj.runner.state import RunnerConfig
+from tests.checkpoints.fixtures import tiny_config
+
+PRODUCTS_A_LAYER = 4  # qkv, o, gate and up, down
+Products = frozenset[int]
+
+
+def trace(config: ModelConfig, bucket: str) -> Any:
+    """The jaxpr of a forward program, with the kernels that a GPU runs."""
+    layout = PoolLayout(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+        page_size=4, tp=1, dtype="float32",
+    )  # fmt: skip
+    spec = StepSpec(
+        config=config, tp=1, page_size=4, max_rank=8, kernels=KernelChoice.uniform("triton")
+    )
+    runner = RunnerConfig(
+        layout=layout, num_pages=16, max_num_seqs=4, max_model_len=32, max_adapter_slots=2,
+        max_adapter_pages=4,
+    )  # fmt: skip
+    model = abstract_model(spec, jnp.dtype("float32"))
+    jobs = make_jobs(model, make_mesh(1), make_buckets(4, 16, 4, 16), runner)
+    job = next(job for job in jobs if job.key[:2] == ("forward", bucket))
+    return job.program.trace(*job.arguments).jaxpr
+
+
+class Ancestry:
+    """The products that come before each LoRA kernel of a program, in the kernels' order."""
+
+    def __init__(self) -> None:
+        self.kernels: list[tuple[str, Products]] = []
+        self._products = itertools.count()
+
+    def walk(self, jaxpr: Any, inputs: list[Products]) -> list[Products]:
+        """Of each output of `jaxpr`, the products that come before it."""
+        known: dict[Any, Products] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def before(atom: Any) -> Products:
+            return frozenset() if hasattr(atom, "val") else known.get(atom, frozenset())
+
+        for equation in jaxpr.eqns:
+            name, operands = equation.primitive.name, [before(atom) for atom in equation.invars]
+            every = frozenset().union(*operands)
+            inner = next(inner_jaxprs(equation), None)
+            if name == "pallas_call":
+                self.kernels.append((str(equation.params["name"]), every))
+                results = [every] * len(equation.outvars)
+            elif inner is not None and len(inner.invars) == len(operands):
+                results = self.walk(inner, operands)
+            else:
+                assert inner is None or "dot_general" not in str(inner), name
+                if name == "dot_general":
+                    every |= {next(self._products)}
+                results = [every] * len(equation.outvars)
+            known |= dict(zip(equation.outvars, results, strict=True))
+        return [before(atom) for atom in jaxpr.outvars]
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        if hasattr(value, "eqns"):
+            yield value
+        elif hasattr(value, "jaxpr"):
+            yield value.jaxpr
+
+
+@pytest.mark.parametrize(("bucket", "own_products"), [("decode-4", 0), ("mixed-16", 1)])
+def test_in_decode_steps_no_lora_kernel_waits_for_the_product_beside_it(
+    bucket: str, own_products: int
+) -> None:
+    config = tiny_config(num_layers=2)
+    jaxpr = trace(config, bucket).jaxpr
+    ancestry = Ancestry()
+    ancestry.walk(jaxpr, [frozenset()] * len(jaxpr.invars))
+    num_products = config.num_layers * PRODUCTS_A_LAYER
+    for kernel, own in (("lora_shrink", 0), ("lora_expand", own_products)):
+        waits = [len(products) for name, products in ancestry.kernels if name == kernel]
+        assert waits == [place + own for place in range(num_products)]
