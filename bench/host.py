@@ -26,7 +26,7 @@ from bench.step_log import Verbs
 from sloraj.build import build_core
 from sloraj.config import EngineConfig
 from sloraj.core import EngineCore
-from sloraj.messages import Generate, TokenOutput
+from sloraj.messages import Abort, Generate, TokenOutput
 from sloraj.runner import runner as runner_module
 
 DEEP = "tiny-deep"
@@ -134,8 +134,8 @@ def main() -> None:
 
 
 def _finish(core: EngineCore) -> None:
-    for request_id in list(core._requests):
-        core._release(core._requests[request_id])
+    for request in core._requests:
+        core.submit(Abort(request_id=request.request_id))
     core.step()
     core.check_integrity()
 

@@ -68,7 +68,7 @@ def table_3(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
                 [
                     setting, str(count),
                     *(_or_oom(values, count) for values in systems.values()),
-                    NOTHING if row is None else f"{row.requests_per_s:.2f}{_mark(row)}",
+                    NOTHING if row is None else f"{row.requests_per_s:.2f}",
                     NOTHING if row is None else percent(row.retention),
                     NOTHING if row is None else percent(row.ceiling),
                     NOTHING if row is None else number(row.first_token_s.get("mean")),
@@ -109,10 +109,6 @@ def _or_oom(values: dict[int, float | None], count: int) -> str:
         return NOTHING
     value = values[count]
     return "out of memory" if value is None else number(value)
-
-
-def _mark(row: Row) -> str:
-    return " (simulated)" if row.is_simulated else ""
 
 
 def num_adapters(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
@@ -179,7 +175,7 @@ def _retention_row(row: Row) -> list[str]:
     kept, ceiling = row.retention, row.ceiling
     return [
         row.engine["geometry"], row.setting, str(row.num_adapters),
-        f"{row.requests_per_s:.2f}{_mark(row)}", percent(kept), percent(ceiling),
+        f"{row.requests_per_s:.2f}", percent(kept), percent(ceiling),
         percent(kept / ceiling if kept and ceiling else None),
         number(row.record["steps"]["decode_adapters"], 1),
         str(row.record["counters"]["adapter_installs"]),
@@ -227,7 +223,7 @@ def ablation(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
                 rows=[
                     [
                         row.setting, str(row.num_adapters), row.pool, row.system,
-                        f"{row.requests_per_s:.2f}{_mark(row)}", percent(row.retention),
+                        f"{row.requests_per_s:.2f}", percent(row.retention),
                         percent(row.ceiling),
                         *(str(row.record["counters"].get(name, NOTHING)) for name in
                           ("adapter_installs", "adapter_evictions", "preemptions")),
@@ -272,37 +268,4 @@ def merged(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
             )
         ],
         missing=missing(records, "merged"),
-    )  # fmt: skip
-
-
-def tensor_parallel(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
-    found = pick(rows, "tensor-parallel")
-    return Section(
-        figure="tensor-parallel",
-        title="Tensor parallelism",
-        text=(
-            "The paper's figure, read off its plot; on one GPU ours can only be simulated, and "
-            "what was not is not here."
-        ),
-        panels=[
-            Panel(
-                title="The paper", x_label="", y_label="requests/s",
-                bars={
-                    name: dict(zip(("S-LoRA", "without LoRA's communication", "base"), values,
-                                   strict=True))
-                    for name, values in paper.TENSOR_PARALLEL.items()
-                },
-            )
-        ],
-        tables=[
-            Table(
-                header=("model", "adapters", "requests/s", "of base"),
-                rows=[
-                    [row.engine["geometry"], str(row.num_adapters),
-                     f"{row.requests_per_s:.2f}{_mark(row)}", percent(row.retention)]
-                    for row in found
-                ],
-            )
-        ],
-        missing=missing(records, "tensor-parallel"),
     )  # fmt: skip

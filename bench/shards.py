@@ -157,18 +157,6 @@ SHARDS: dict[str, list[Point]] = {
 }  # fmt: skip
 """In order of value: the first ones say most."""
 
-B30 = EngineSpec(geometry="llama-30b", tensor_parallel_size=4)
-B70 = EngineSpec(geometry="llama-70b", tensor_parallel_size=4)
-SIMULATED: list[Point] = [
-    *retention(B7, "S2", (2000,), figure="table-3", pool_gb=80.0),  # 117 GB of host memory
-    *retention(B13, "S4", (1000,), figure="table-3", pool_gb=80.0, num_requests=512),
-    *retention(B30, "S5", (10, 100), figure="tensor-parallel"),
-    *retention(B70, "S6", (10,), figure="tensor-parallel"),
-]
-"""What one H200 and its host cannot hold. Nothing here runs them: records of them have "simulated":
-true, and the report misses those that are not there.
-"""
-
 TINY = EngineSpec(
     geometry="demo", max_num_seqs=4, max_num_batched_tokens=32, max_rank=16, max_adapter_slots=32,
     max_model_len=128,

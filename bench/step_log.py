@@ -16,7 +16,7 @@ import numpy as np
 
 from sloraj.batch import ScheduledBatch
 from sloraj.core import EngineCore
-from sloraj.messages import Generate
+from sloraj.messages import Abort, Generate
 from sloraj.runner import runner as runner_module
 from sloraj.runner.runner import DeviceRunner
 
@@ -30,7 +30,7 @@ class Verbs:
         runner, scheduler = core._runner, core._scheduler
         assert isinstance(runner, DeviceRunner)
         self._wrap(core, "_take_messages", "messages")
-        self._wrap(core, "_emit_event", "emit")
+        self._wrap(core._requests, "emit", "emit")
         self._wrap(scheduler, "schedule", "schedule")
         self._wrap(scheduler, "update", "update")
         self._wrap(runner, "execute", "execute")
@@ -169,8 +169,8 @@ class Decode:
 
     def close(self) -> None:
         del self.runner.execute  # type: ignore[method-assign]
-        for request_id in list(self.core._requests):
-            self.core._release(self.core._requests[request_id])
+        for request in self.core._requests:
+            self.core.submit(Abort(request_id=request.request_id))
         while not self.core.is_idle:
             self.core.step()
 

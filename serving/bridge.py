@@ -81,6 +81,9 @@ class Generation:
         *,
         add_special_tokens: bool,
         allow_special: bool,
+        priority: int = 0,
+        tenant: str | None = None,
+        first_token_slo_s: float | None = None,
     ) -> None:
         """Start every prompt. Raises what the engine says about the first that it refuses at
         once.
@@ -101,6 +104,9 @@ class Generation:
                     receive,
                     add_special_tokens=add_special_tokens,
                     allow_special=allow_special,
+                    priority=priority,
+                    tenant=tenant,
+                    first_token_slo_s=first_token_slo_s,
                 )
             if self._is_over:  # ended while we were submitting: the last ones are not aborted yet
                 self._abort()

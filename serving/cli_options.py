@@ -24,6 +24,7 @@ ALIASES = {  # what users of other servers type
     "max_rank": ("--max-lora-rank",),
     "max_adapter_slots": ("--max-loras", "--max-loras-per-batch"),
     "tensor_parallel_size": ("-tp", "--tp"),
+    "queue_order": ("--scheduling-policy",),
 }
 SECRETS = ("api_key", "admin_api_key")
 
@@ -67,6 +68,21 @@ def _name_and_path(text: str) -> tuple[str, str]:
     return name, path
 
 
+def tenant_weights(text: str) -> list[tuple[str, float]]:
+    """`name=2.0,other=0.5`, or JSON `{"name": 2.0}` for names with a comma or an equals sign."""
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = list(json.loads(text).items())
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {exc}") from exc
+    else:
+        pairs = [(name, weight) for name, _, weight in (p.partition("=") for p in text.split(","))]
+    try:
+        return [(name, float(weight)) for name, weight in pairs]
+    except (TypeError, ValueError) as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: give name=weight, and more: {exc}") from exc
+
+
 def _plain_type(hint: Any) -> Any:
     """`int | None` -> int; anything else as it is."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
@@ -97,6 +113,8 @@ def add_options(
         common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        elif field.name == "tenant_weights":
+            group.add_argument(*flags, type=tenant_weights, action="extend", **common)
         elif typing.get_origin(kind) is tuple:
             convert: Callable[[str], Any] = adapter if field.name == "adapters" else str
             group.add_argument(*flags, type=convert, nargs="+", action="extend", **common)

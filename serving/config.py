@@ -22,6 +22,7 @@ class ServerConfig:
     adapter_root: tuple[
         str, ...
     ] = ()  # adapters may be loaded from these; empty: adapters_dir only
+    tenant_from: str = "adapter"  # whose account: "adapter", "user" (field), "header"
     chat_template: str | None = None  # file; None: the model's own
     chat_template_timeout_s: float = 10.0
     shutdown_timeout: float = 30.0  # seconds that running requests get after SIGTERM
@@ -63,6 +64,8 @@ class ServerConfig:
             "request_timeout_s",
             "above 0",
         )
+        sources = ("adapter", "user", "header")
+        require(self.tenant_from in sources, "tenant_from", ", ".join(sources))
         levels = ("debug", "info", "warning", "error")
         require(self.log_level in levels, "log_level", ", ".join(levels))
         for name in ("api_key", "admin_api_key"):

@@ -89,6 +89,7 @@ TABLE: dict[type[BaseException], Answer] = {
     errors.AdapterBusy: Answer(409, "conflict_error", "adapter_busy"),
     errors.CapacityError: Answer(503, _BUSY, "overloaded"),
     errors.QueueFull: Answer(503, _BUSY, "queue_full"),
+    errors.FirstTokenTooLate: Answer(503, _BUSY, "first_token_too_late"),
     errors.EngineUnavailable: Answer(503, _BUSY, "engine_unavailable"),
     errors.ConfigError: Answer(500, "server_error", "bad_configuration", is_retryable=False),
     errors.InternalError: Answer(500, "server_error", "internal_error", is_retryable=False),

@@ -17,6 +17,7 @@ from serving.replies import ChatReply, CompletionReply, Reply
 from serving.schemas import CompletionRequest, GenerationRequest, parse_chat, parse_completion
 from serving.sse import DONE, KEEP_ALIVE, EventStream, encode_json, event
 from serving.state import ServerState, read_object, request_id, server_state
+from serving.tenants import tenant_of
 from sloraj.errors import AdapterNotFound, CapacityError, SlorajError
 
 CLIENT_GONE_STATUS = 499  # nobody reads it; it is what the metrics and the access log say
@@ -101,6 +102,9 @@ class _Answer:
     async def run(
         self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool, allow_special: bool
     ) -> Response:
+        tenant = tenant_of(
+            self._server.config.tenant_from, self._request.headers, self._parsed.user
+        )
         generation = self._start(len(prompts))
         try:
             await generation.submit(
@@ -109,6 +113,9 @@ class _Answer:
                 self._target.adapter_id,
                 add_special_tokens=add_special_tokens,
                 allow_special=allow_special,
+                priority=self._parsed.priority,
+                tenant=tenant,
+                first_token_slo_s=self._parsed.first_token_slo_s,
             )
             self._reply.num_prompt_tokens = generation.num_prompt_tokens
             first = await generation.next()

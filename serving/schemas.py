@@ -13,10 +13,11 @@ from serving.errors import shown
 from serving.fields import Fields, are_ids
 from serving.sampling_fields import MAX_TOKENS, read_logprobs, sampling_params
 from sloraj.frontend_api import ModelInfo
-from sloraj.request import SamplingParams
+from sloraj.request import MAX_PRIORITY, SamplingParams
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
+MAX_SLO_S = 86_400.0
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -35,6 +36,9 @@ class GenerationRequest:
     params: SamplingParams
     stream: StreamOptions
     return_token_ids: bool
+    priority: int = 0
+    user: str | None = None
+    first_token_slo_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,14 @@ def _model(fields: Fields) -> str | None:
     return model
 
 
+def _priority(fields: Fields) -> int:
+    return fields.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY) or 0
+
+
+def _first_token_slo_s(fields: Fields) -> float | None:
+    return fields.number("first_token_slo_s", 0.0, 0.0, MAX_SLO_S, above_low=True) or None
+
+
 def _prompts(fields: Fields, vocab_size: int, max_prompts: int) -> list[str | list[int]]:
     """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
     prompt = fields.values.get("prompt")
@@ -134,11 +146,16 @@ def parse_completion(
     model, stream = _model(fields), _stream_options(fields)
     add_special_tokens = fields.boolean("add_special_tokens", True)
     return_token_ids = fields.boolean("return_token_ids")
+    priority, user = _priority(fields), fields.string("user")
+    first_token_slo_s = _first_token_slo_s(fields)
     return CompletionRequest(
         params=sampling_params(fields, info, max_tokens=max_tokens, logprobs=logprobs),
         model=model,
         stream=stream,
         return_token_ids=return_token_ids,
+        priority=priority,
+        user=user,
+        first_token_slo_s=first_token_slo_s,
         prompts=prompts,
         echo=echo,
         add_special_tokens=add_special_tokens,
@@ -208,6 +225,9 @@ def _chat_fields(fields: Fields) -> dict[str, Any]:
         "model": _model(fields),
         "stream": _stream_options(fields),
         "return_token_ids": fields.boolean("return_token_ids"),
+        "priority": _priority(fields),
+        "user": fields.string("user"),
+        "first_token_slo_s": _first_token_slo_s(fields),
     }
 
 

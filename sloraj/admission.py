@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -49,11 +50,30 @@ def make_sequences(
             version_id=None if version is None else version.version_id,
             arrival_s=now_s,
             priority=message.priority,
-            tenant=message.tenant or message.adapter_id or "",
+            tenant=tenant_of(message),
             adapter_bytes=0 if version is None else version.packed.num_bytes,
         )
         for index in range(params.n)
     ]
+
+
+def resolve_slo(message: Generate, config: SchedulerConfig) -> float | None:
+    """Seconds to the first token that the request is to be answered within: its own, or the
+    engine's; None: whenever it comes.
+    """
+    slo_s = message.first_token_slo_s
+    if slo_s is None:
+        return config.first_token_slo_s
+    if not (slo_s > 0 and math.isfinite(slo_s)):
+        raise InvalidRequest(
+            f"first_token_slo_s: got {slo_s}, allowed: above 0, or null", param="first_token_slo_s"
+        )
+    return slo_s
+
+
+def tenant_of(message: Generate) -> str:
+    """To whose account the request goes."""
+    return message.tenant or message.adapter_id or ""
 
 
 def parse_params(message: Generate) -> SamplingParams:

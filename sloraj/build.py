@@ -244,6 +244,10 @@ def build_runner(
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
         num_adapter_pages=reserved_pages,
         install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // plan.page_bytes),
+        retention=config.retention,
+        prefetch=config.prefetch,
+        first_token_slo_s=config.first_token_slo_s,
+        early_abort=config.early_abort,
         queue=config.queue,
         base_bytes=base_bytes(
             num_parameters=tp * sum(map(_num_elements, jax.tree.leaves((ends, layers)))),

@@ -5,6 +5,7 @@ resolved.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from sloraj.errors import ConfigError
 from sloraj.policies.cost import BaseBytes
@@ -39,6 +40,7 @@ class EngineConfig:
     queue_order: str = "fcfs"  # who is admitted next: "fcfs", "priority", "vtc" (fair to tenants)
     priority_ageing_s: float = 10.0  # waiting so long is worth one level of priority
     tenant_weights: tuple[tuple[str, float], ...] = ()  # vtc: NAME=SHARE; 1 for all others
+    tenant_max_waiting: int | None = None  # vtc: requests of one tenant that may wait; None: all
     prompt_token_cost: float = 1.0  # vtc
     output_token_cost: float = 2.0  # vtc
     adapter_cost: float = 1.0  # vtc: 0: tokens cost the same with any adapter; 1: as its bytes say
@@ -49,6 +51,10 @@ class EngineConfig:
     cluster_max_lead: float = 4096.0  # vtc: service by which those preferred may be ahead
     host_adapter_bytes: int | None = None  # None: no limit
     loader_processes: int | None = None  # that read adapters; None: 4 on a GPU, 0 (threads) on CPU
+    retention: str = "cost"  # which idle adapters stay on the device: "cost", "lru", "paper"
+    prefetch: bool = True  # send adapters of waiting requests ahead
+    first_token_slo_s: float | None = None  # objective: seconds to a request's first token
+    early_abort: str | None = None  # refuse what would miss it: "model", "paper"; None: nothing
     kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
     adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
     merged_adapter: str | None = None  # a directory; added into the base's weights at load
@@ -73,6 +79,18 @@ class EngineConfig:
             )
         if self.max_rank is not None and not 1 <= self.max_rank <= 256:
             raise ConfigError(f"max_rank: got {self.max_rank}, allowed: 1 to 256", param="max_rank")
+        if self.retention not in ("cost", "lru", "paper"):
+            raise ConfigError(
+                f"retention: got {self.retention!r}, allowed: 'cost', 'lru', 'paper'",
+                param="retention",
+            )
+        slo_s = self.first_token_slo_s
+        if slo_s is not None and not (slo_s > 0 and math.isfinite(slo_s)):
+            raise ConfigError(
+                f"first_token_slo_s: got {slo_s}, allowed: above 0, or none",
+                param="first_token_slo_s",
+            )
+        self._check_early_abort()
         if self.loader_processes is not None and not 0 <= self.loader_processes <= 64:
             raise ConfigError(
                 f"loader_processes: got {self.loader_processes}, allowed: 0 to 64",
@@ -101,6 +119,17 @@ class EngineConfig:
                 f"dtype: got {self.dtype!r}, allowed: float32, bfloat16, float16", param="dtype"
             )
         _ = self.queue  # refuses
+
+    def _check_early_abort(self) -> None:
+        kind = self.early_abort
+        allowed = "'model', 'paper', or none"
+        if kind is not None and self.first_token_slo_s is None:
+            allowed = "none, unless first_token_slo_s says what a request is to be refused for"
+        elif kind == "paper" and (self.queue_order != "fcfs" or self.cluster_adapters is not None):
+            allowed = "'model' or none with another queue_order than fcfs or with cluster_adapters"
+        elif kind in (None, "model", "paper"):
+            return
+        raise ConfigError(f"early_abort: got {kind!r}, allowed: {allowed}", param="early_abort")
 
     @property
     def queue(self) -> QueueConfig:
@@ -172,5 +201,9 @@ class SchedulerConfig:
     token_buckets: tuple[int, ...] = ()  # sizes that steps with prefill are padded to, ascending
     num_adapter_pages: int | None = None  # that adapters alone may own; None: all are shared
     install_pages_per_step: int = 256  # bounds the copies that one step waits behind
+    retention: str = "cost"
+    prefetch: bool = True
+    first_token_slo_s: float | None = None
+    early_abort: str | None = None
     queue: QueueConfig = dataclasses.field(default_factory=QueueConfig)
     base_bytes: BaseBytes = dataclasses.field(default_factory=BaseBytes)

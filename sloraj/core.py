@@ -10,7 +10,6 @@ may be called from any thread.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import queue
@@ -22,19 +21,13 @@ from typing import Any
 from sloraj.adapters.calls import AdapterCalls
 from sloraj.adapters.host_store import HostStore
 from sloraj.adapters.loader import AdapterLoader, LoadDone, LoadFunction
-from sloraj.adapters.registry import AdapterRegistry, Registration
+from sloraj.adapters.registry import AdapterRegistry
 from sloraj.adapters.residency import Residency
-from sloraj.admission import make_sequences
-from sloraj.batch import Runner, TokenLogprobs
+from sloraj.adapters.retention import RETENTION_POLICIES
+from sloraj.batch import Runner
 from sloraj.config import SchedulerConfig
-from sloraj.errors import (
-    EngineUnavailable,
-    InternalError,
-    InvalidRequest,
-    QueueFull,
-    SlorajError,
-    from_wire,
-)
+from sloraj.errors import EngineUnavailable, InternalError, SlorajError, from_wire
+from sloraj.live_requests import LiveRequests
 from sloraj.messages import (
     Abort,
     Dead,
@@ -49,24 +42,14 @@ from sloraj.messages import (
     RequestFailed,
     Shutdown,
     ToEngine,
-    TokenOutput,
     UnloadAdapter,
 )
 from sloraj.pages import PagePool
-from sloraj.request import Sequence
-from sloraj.scheduler import Scheduler, TokenEvent
+from sloraj.scheduler import Scheduler
+from sloraj.step_time import StepTimes
 
 HEARTBEAT_S = 1.0
-MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Request:
-    request_id: str
-    sequences: list[Sequence]
-    lease: Registration | None
-    num_unfinished: int
 
 
 class EngineCore:
@@ -94,6 +77,7 @@ class EngineCore:
             self._pool,
             config.max_adapter_slots,
             clock,
+            RETENTION_POLICIES[config.retention](),
             num_reserved_pages=config.num_adapter_pages,
         )
         self._registry = AdapterRegistry(
@@ -102,30 +86,40 @@ class EngineCore:
             max_rank=config.max_rank,
             num_usable_pages=self._pool.num_usable,
         )
-        self._scheduler = Scheduler(config, self._pool, self._residency, self._host_store, clock)
-        self._inbox: queue.SimpleQueue[ToEngine | LoadDone] = queue.SimpleQueue()
+        self._step_times = StepTimes(clock, self._residency.slot_bytes, config.token_buckets)
+        self._scheduler = Scheduler(
+            config, self._pool, self._residency, self._host_store, clock, self._step_times
+        )
+        self._inbox: queue.SimpleQueue[tuple[ToEngine | LoadDone, float]] = queue.SimpleQueue()
         self._outbox: list[FromEngine] = []
         self._adapter_calls = AdapterCalls(
             self._registry,
             self._residency,
-            AdapterLoader(load_adapter, self._inbox.put, loader_executor, close_load),
-            lambda reply: self._outbox.append(reply),
+            AdapterLoader(load_adapter, self._put, loader_executor, close_load),
+            self._post,
         )
-        self._requests: dict[str, _Request] = {}
+        self._requests = LiveRequests(
+            config, self._registry, self._scheduler, clock, self._next_tag, self._post
+        )
         self._drains: list[int] = []
         self._enqueued: Any = None  # handle of the step whose tokens are not read yet
         self._is_draining = False
         self._is_stopped = False
-        self._num_finished = 0
-        self._num_failed = 0
-        self._num_aborted = 0
-        self._mean_service_s = 1.0  # of finished requests, the last ones counting most
 
     # --- for other threads ---
 
     def submit(self, message: ToEngine) -> None:
-        """Queue a message for the next step. Thread-safe. After the end nothing is answered."""
-        self._inbox.put(message)
+        """Queue a message for the next step. Thread-safe. After the end nothing is answered.
+
+        A request arrives now: the step that runs meanwhile is part of its waiting.
+        """
+        self._put(message)
+
+    def _put(self, message: ToEngine | LoadDone) -> None:
+        self._inbox.put((message, self._clock()))
+
+    def _post(self, message: FromEngine) -> None:
+        self._outbox.append(message)
 
     def preload(self, adapters: Iterable[tuple[str, str]], report: Callable[[int], None]) -> None:
         """Load (adapter_id, path) pairs before the loop runs; `report` gets the number done.
@@ -200,9 +194,11 @@ class EngineCore:
         return messages
 
     def _advance(self) -> None:
+        self._requests.drop_late()
         batch = self._scheduler.schedule()
         handle = None
         if batch is not None:
+            self._step_times.enqueue(batch)
             handle = self._runner.execute(batch)
         elif self._enqueued is None and not self._scheduler.is_idle:
             raise InternalError("sequences wait, nothing runs, and none can be scheduled")
@@ -214,38 +210,41 @@ class EngineCore:
             return
         handle, self._enqueued = self._enqueued, None
         result = self._runner.collect(handle)
+        self._step_times.read()
         if result.owner_violations:
             raise InternalError(f"{result.owner_violations} rows would have read another's pages")
         for event in self._scheduler.update(result):
-            self._emit_event(event)
+            self._requests.emit(event)
 
     def _wait(self, timeout_s: float) -> None:
         try:
-            message = self._inbox.get(timeout=timeout_s)
+            message, arrival_s = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             return
         try:
-            self._take(message)
+            self._take(message, arrival_s)
         except Exception as error:
             self._die(error)
 
     def _take_messages(self) -> None:
         while not self._is_stopped:
             try:
-                message = self._inbox.get_nowait()
+                message, arrival_s = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            self._take(message)
+            self._take(message, arrival_s)
 
-    def _take(self, message: ToEngine | LoadDone) -> None:
+    def _take(self, message: ToEngine | LoadDone, arrival_s: float) -> None:
         match message:
             case Generate():
-                self._generate(message)
+                refusal = None
+                if self._is_draining:
+                    refusal = EngineUnavailable(
+                        "the engine is draining and accepts no new requests"
+                    )
+                self._requests.start(message, arrival_s, refusal)
             case Abort():
-                request = self._requests.get(message.request_id)
-                if request is not None:
-                    self._num_aborted += 1
-                    self._release(request)
+                self._requests.cancel(message.request_id)
             case LoadAdapter():
                 self._adapter_calls.load(message)
             case LoadDone():
@@ -262,86 +261,6 @@ class EngineCore:
             case Shutdown():
                 self._shut_down(EngineUnavailable("the engine was shut down"))
 
-    # --- requests ---
-
-    def _generate(self, message: Generate) -> None:
-        lease = None
-        try:
-            self._require_accepting(message)
-            if message.adapter_id is not None:
-                lease = self._registry.acquire(message.adapter_id)
-            version = None if lease is None else lease.version
-            now_s = self._clock()
-            sequences = make_sequences(message, version, self._config, self._next_tag, now_s)
-        except SlorajError as error:
-            if lease is not None:
-                self._registry.release(lease)
-            self._num_failed += 1
-            self._outbox.append(RequestFailed(request_id=message.request_id, error=error.to_wire()))
-            return
-        request = _Request(message.request_id, sequences, lease, len(sequences))
-        self._requests[message.request_id] = request
-        for sequence in sequences:
-            self._scheduler.add(sequence)
-
-    def _require_accepting(self, message: Generate) -> None:
-        if self._is_draining:
-            raise EngineUnavailable("the engine is draining and accepts no new requests")
-        if message.request_id in self._requests:
-            raise InvalidRequest(
-                f"request_id: got {message.request_id!r}, allowed: one that is not running",
-                param="request_id",
-            )
-        if self._scheduler.num_waiting >= self._config.max_num_waiting:
-            turns = self._scheduler.num_waiting / self._config.max_num_seqs
-            retry_after_s = min(max(turns * self._mean_service_s, MIN_RETRY_S), MAX_RETRY_S)
-            raise QueueFull(
-                f"{self._scheduler.num_waiting} requests are waiting, allowed: "
-                f"{self._config.max_num_waiting} (--max-num-waiting)",
-                retry_after_s=retry_after_s,
-            )
-
-    def _emit_event(self, event: TokenEvent) -> None:
-        sequence = event.sequence
-        request = self._requests.get(sequence.request_id)
-        if request is None:
-            return  # another of its choices has just failed
-        if not event.is_finite:
-            self._fail(request, InternalError("the model's logits were not finite"))
-            return
-        self._outbox.append(
-            TokenOutput(
-                request_id=sequence.request_id,
-                index=sequence.index,
-                token_ids=[] if event.token_id is None else [event.token_id],
-                logprobs=None if event.logprobs is None else [_plain(event.logprobs)],
-                finish_reason=event.finish_reason,
-                stop_token_id=event.stop_token_id,
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                adapter_version=sequence.version_id,
-            )
-        )
-        if event.finish_reason is not None:
-            request.num_unfinished -= 1
-            if request.num_unfinished == 0:
-                self._num_finished += 1
-                service_s = self._clock() - sequence.arrival_s
-                self._mean_service_s += 0.1 * (service_s - self._mean_service_s)
-                self._release(request)
-
-    def _fail(self, request: _Request, error: SlorajError) -> None:
-        self._num_failed += 1
-        self._release(request)
-        self._outbox.append(RequestFailed(request_id=request.request_id, error=error.to_wire()))
-
-    def _release(self, request: _Request) -> None:
-        """Free all that a request holds: rows, pages and pins first, then the lease."""
-        del self._requests[request.request_id]
-        for sequence in request.sequences:
-            self._scheduler.abort(sequence)
-        if request.lease is not None:
-            self._registry.release(request.lease)
-
     # --- calls ---
 
     def stats(self) -> dict[str, Any]:
@@ -350,7 +269,6 @@ class EngineCore:
         return {
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
-            "num_requests": len(self._requests),
             "num_leases": sum(version.num_leases for version in self._host_store),
             "num_pages": self._pool.num_usable,
             "num_pages_free": self._pool.num_free,
@@ -367,10 +285,10 @@ class EngineCore:
             "steps": scheduler.num_steps,
             "computed_tokens": scheduler.num_computed_tokens,
             "sampled_tokens": scheduler.num_sampled_tokens,
-            "finished_requests": self._num_finished,
-            "failed_requests": self._num_failed,
-            "aborted_requests": self._num_aborted,
             "is_draining": self._is_draining,
+            "adapters": residency.stats(),
+            "step": self._step_times.stats(),
+            **self._requests.stats(),
             "queue": scheduler.queue_stats(),
             "runner": self._runner.stats(),
         }
@@ -384,8 +302,7 @@ class EngineCore:
     # --- the end ---
 
     def _shut_down(self, error: SlorajError) -> None:
-        for request in list(self._requests.values()):
-            self._fail(request, error)
+        self._requests.fail_all(error)
         self._adapter_calls.answer_unloaded()
         self._stop(error)
 
@@ -395,12 +312,11 @@ class EngineCore:
         self._enqueued = None
         self._adapter_calls.close(error)
         wire = error.to_wire()
-        self._outbox.extend(RequestFailed(request_id=r, error=wire) for r in self._requests)
+        self._requests.abandon(error)
         self._outbox.extend(Reply(call_id=c, error=wire) for c in self._drains)
-        self._requests.clear()
         self._drains.clear()
         while not self._inbox.empty():
-            message = self._inbox.get()
+            message, _ = self._inbox.get()
             if isinstance(message, Generate):
                 self._outbox.append(RequestFailed(request_id=message.request_id, error=wire))
             elif not isinstance(message, LoadDone | Abort | Shutdown):
@@ -420,11 +336,7 @@ class EngineCore:
         self._residency.check_integrity()
         self._registry.check_integrity()
         self._scheduler.check_integrity()
-        leases: dict[str, int] = {}
-        for request in self._requests.values():
-            if request.lease is not None:
-                version_id = request.lease.version.version_id
-                leases[version_id] = leases.get(version_id, 0) + 1
+        leases = self._requests.leases()
         for version in self._host_store:
             held = leases.pop(version.version_id, 0)
             if held != version.num_leases:
@@ -433,8 +345,3 @@ class EngineCore:
                 )
         if leases:
             raise InternalError(f"leases on versions that are gone: {sorted(leases)}")
-
-
-def _plain(logprobs: TokenLogprobs) -> list[Any]:
-    """[token_id, logprob, [[token_id, logprob], ...]]"""
-    return [logprobs.token_id, logprobs.logprob, [list(pair) for pair in logprobs.top]]

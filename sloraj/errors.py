@@ -11,7 +11,8 @@ SlorajError
 │   ├── AdapterExists       the name is taken, and replacing was not asked for
 │   └── AdapterBusy         another load or unload of that name is under way
 ├── CapacityError           the request is fine, the server is full
-│   └── QueueFull           too many waiting requests (`retry_after_s`)
+│   ├── QueueFull           too many waiting requests (`retry_after_s`)
+│   └── FirstTokenTooLate   it would miss its objective for the first token (`retry_after_s`)
 ├── EngineUnavailable       the engine is starting, draining or dead
 ├── ConfigError             the server was started with impossible settings
 └── InternalError           a fault of ours; the request is not to be retried
@@ -85,6 +86,10 @@ class CapacityError(SlorajError):
 
 class QueueFull(CapacityError):
     """Too many requests are waiting."""
+
+
+class FirstTokenTooLate(CapacityError):
+    """The first token would come later than its objective allows, so none was computed."""
 
 
 class EngineUnavailable(SlorajError):

@@ -89,6 +89,7 @@ class Frontend:
         allow_special: bool = False,
         priority: int = 0,
         tenant: str | None = None,
+        first_token_slo_s: float | None = None,
     ) -> int:
         """See FrontendApi. No seed becomes a random one, no max_tokens what the context leaves."""
         ids = check_prompt(
@@ -112,6 +113,7 @@ class Frontend:
             adapter_id=adapter_id,
             priority=priority,
             tenant=tenant or adapter_id or self._info.model_id,
+            first_token_slo_s=first_token_slo_s,
         )
         try:
             self._send(message)

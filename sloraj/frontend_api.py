@@ -135,13 +135,16 @@ class FrontendApi(Protocol):
         allow_special: bool = False,
         priority: int = 0,
         tenant: str | None = None,
+        first_token_slo_s: float | None = None,
     ) -> int:
         """Start a request and return its number of prompt tokens.
 
         `adapter_id` None is the base model. The lower `priority` is served the earlier. `tenant` is
-        to whose account it goes; None: the adapter's name, or the base model's. Raises
-        InvalidRequest, ContextTooLong or EngineUnavailable at once; AdapterNotFound, QueueFull and
-        later failures arrive as RequestOutput.error.
+        to whose account it goes; None: the adapter's name, or the base model's. Where the engine
+        refuses what it cannot begin to answer in time, `first_token_slo_s` is that time; None: the
+        engine's. Raises InvalidRequest, ContextTooLong or EngineUnavailable at once;
+        AdapterNotFound, QueueFull, FirstTokenTooLate and later failures arrive as
+        RequestOutput.error.
         """
 
     def abort(self, request_id: str) -> None:

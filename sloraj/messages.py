@@ -23,13 +23,15 @@ class Generate(_Message, frozen=True):
     """Start a request. `params` holds the fields of SamplingParams; `params["seed"]` is resolved.
 
     `adapter_id` None is the base model. `tenant` None: the adapter's name is the tenant.
-    Failures come back as RequestFailed, never as an exception.
+    `first_token_slo_s` None is the engine's objective. Failures come back as RequestFailed, never
+    as an exception.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: dict[str, Any]
     adapter_id: str | None = None
+    first_token_slo_s: float | None = None
     priority: int = 0
     tenant: str | None = None
 

@@ -13,7 +13,7 @@ MAX_N = 16
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
-MAX_PRIORITY = 1000  # and as much below 0
+MAX_PRIORITY = 2**31 - 1  # and as much below 0: room for moments in seconds
 MAX_TENANT_NAME = 256
 
 
@@ -128,6 +128,7 @@ class Sequence:
     tag: int  # owner tag of its pages; unique among sequences and adapter versions, never 0
     version_id: str | None  # adapter version held by lease; None is the base model
     arrival_s: float
+    deadline_s: float = math.inf  # of the request's first token, on the engine's clock
     priority: int = 0  # the lower is served the earlier
     tenant: str = ""  # to whose account it goes
     adapter_bytes: int = 0  # of its adapter version

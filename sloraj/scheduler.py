@@ -33,12 +33,13 @@ from sloraj.config import SchedulerConfig
 from sloraj.errors import InternalError
 from sloraj.holdings import Holdings
 from sloraj.pages import PagePool
-from sloraj.policies.waiting import make_queue
+from sloraj.policies.early_abort import TooLate
+from sloraj.policies.foresight import Foresight
+from sloraj.policies.waiting import WaitingQueue, make_queue
 from sloraj.request import Sequence, SequenceState
 from sloraj.step_plan import Chunk, Plan
+from sloraj.step_time import StepTimes
 from sloraj.token_budget import cut_to_bucket
-
-PREFETCH_SEQUENCES = 16  # that wait longest, whose adapters are sent before they are admitted
 
 
 class TokenEvent(msgspec.Struct, frozen=True):
@@ -62,11 +63,16 @@ class Scheduler:
         residency: Residency,
         host_store: HostStore,
         clock: Callable[[], float],
+        step_times: StepTimes,
     ) -> None:
         self._config = config
         self._residency = residency
         self._holdings = Holdings(config, pool, residency, host_store)
-        self._waiting = make_queue(config.queue, config.base_bytes, clock, self._loaded_bytes)
+        self._foresight = Foresight(config, clock, step_times, residency, self._holdings.version_of)
+        if self._foresight.order is None:
+            self._waiting = make_queue(config.queue, config.base_bytes, clock, self._loaded_bytes)
+        else:
+            self._waiting = WaitingQueue(self._foresight.order)
         self._running: list[Sequence] = []  # in the order of their admission
         self._sent: list[AdapterInstall] = []  # by the last step, for the next one to install
         self._num_enqueued = 0  # steps scheduled and not yet given to `update`
@@ -83,6 +89,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """How many new sequences of a tenant wait, if tenants have accounts; else 0."""
+        return self._waiting.num_waiting_of(tenant)
+
     def queue_stats(self) -> dict[str, Any]:
         return self._waiting.stats()
 
@@ -94,6 +104,7 @@ class Scheduler:
         """Queue a new sequence. The caller leases its adapter version until it is finished."""
         self._waiting.add(sequence)
         self._residency.want(sequence.version_id)
+        self._foresight.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Free all that a sequence owns, at once. Does nothing if it is finished."""
@@ -106,6 +117,10 @@ class Scheduler:
 
     # --- schedule ---
 
+    def too_late(self) -> list[TooLate]:
+        """The waiting sequences that are not to be served any more. The caller aborts them."""
+        return self._foresight.too_late(self._waiting, self._running, self._holdings.num_free_rows)
+
     def schedule(self) -> ScheduledBatch | None:
         """The next step; None if there is nothing to compute before an enqueued step is read."""
         decoding, prefilling = self._wanting()
@@ -114,7 +129,8 @@ class Scheduler:
         self._plan_waiting(plan)
         if not plan.chunks:
             return None
-        self._plan_sends(plan)
+        num_rows = self._holdings.num_free_rows
+        self._foresight.plan_sends(plan, self._waiting, self._running, num_rows)
         return self._commit(plan)
 
     def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:
@@ -182,24 +198,6 @@ class Scheduler:
                 break
             num_tokens = min(sequence.num_missing_tokens, plan.budget)
             plan.add(Chunk(sequence, num_tokens, is_reset=True))
-
-    def _plan_sends(self, plan: Plan) -> None:
-        """Bring the adapters of those that wait longest: their bytes go beside this step's work."""
-        window = list(self._waiting.in_order(PREFETCH_SEQUENCES))
-        keep = {s.version_id for s in window if s.version_id is not None}
-        for sequence in window:
-            version = self._holdings.version_of(sequence)
-            if version is None or self._residency.is_resident(version.version_id):
-                continue
-            total = plan.num_install_pages + version.num_pages
-            if plan.num_install_pages and total > self._config.install_pages_per_step:
-                break
-            # Pages that running sequences will soon want are not worth taking.
-            install = self._residency.prefetch(version, 2 * len(self._running), keep)
-            if install is None:
-                break
-            plan.sends.append(install)
-            plan.num_install_pages = total
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""
@@ -294,6 +292,7 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         self._vacate(sequence)
         self._waiting.finish(sequence)
+        self._foresight.end(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -5,14 +5,16 @@
     model.observe(features, seconds)    # one measured step
 
 The prediction is a sum of costs, none below 0, so more work never takes less time. Costs are fitted
-online by recursive least squares over relative errors: an outlier (a pause of the collector, a
-page fault) counts by its side and not by its size, and the memory is finite, so a device that
-slows down is followed. Numpy on the host; deterministic; O(1) memory and time a step.
+online by least squares over relative errors: an outlier (a pause of the collector, a page fault)
+counts by its side and not by its size, and the memory is finite, so a device that slows down is
+followed. Numpy on the host; deterministic; O(1) memory and time a step.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -47,7 +49,8 @@ PRIOR_S = StepFeatures(5e-6, 1.4e-7, 1e-6, 2e-5, 3e-10, 3e-13, 5e-5, 4e-11, 1e-1
 
 NUM_FIRST = 9  # steps whose median scales the priors before anything is fitted
 PRIOR_SD = 3.0  # of a cost, in units of its prior
-DRIFT_SD = 0.003  # of a cost, in units of its prior, a step
+NOISE = 0.05  # of a measured step, relative
+FORGETTING = 0.005  # of what is known of a kind of step, at each such step
 SPREAD_RATE = 0.05  # how fast the running spread of relative errors moves
 MIN_SPREAD, MAX_SPREAD = 0.005, 1.0
 HUBER = 2.0  # errors beyond this many spreads lose weight
@@ -97,8 +100,7 @@ class StepTimeModel:
         # Everything is in units of the priors: costs start at 1.
         self._units = np.array([PRIOR_CONSTANT_S, *PRIOR_S])
         self._costs = np.ones(len(self._units))
-        self._covariance = np.eye(len(self._units)) * PRIOR_SD**2
-        self._largest = np.diag(self._covariance).copy()
+        self._start()
         self._spread = 0.3  # running median of absolute relative errors
         self._first: list[tuple[np.ndarray, float]] = []
         self.num_observed = 0
@@ -146,46 +148,92 @@ class StepTimeModel:
         """One factor for all, so that the first steps are met: another device, another model."""
         ratios = [seconds / float(regressors.sum()) for regressors, seconds in self._first]
         self._costs[:] = np.median(ratios)
-        self._covariance = np.diag((PRIOR_SD * self._costs) ** 2)
-        self._largest = np.diag(self._covariance).copy()
+        self._start()
+
+    def _start(self) -> None:
+        """Know nothing but that the costs are right to within `PRIOR_SD` of themselves."""
+        self._information = np.diag((NOISE / (PRIOR_SD * self._costs)) ** 2)
+        self._target = self._information @ self._costs
 
     def _learn(self, regressors: np.ndarray, seconds: float) -> None:
-        """One step of a Kalman filter whose state, the costs, drifts a little.
+        """Add a step to the normal equations, and move towards their solution that has no cost
+        below 0.
 
-        The error is taken relative to the larger of predicted and measured, so it is below 1.
+        The error is taken relative to the larger of predicted and measured, so it is below 1. Only
+        the combination of costs that this step tells of is forgotten a little: what is known of
+        kinds of steps that have become rare stays.
         """
         scale = max(float(self._costs @ regressors), seconds, MIN_PREDICTION_S)
-        inputs = regressors / scale
-        error = seconds / scale - float(self._costs @ inputs)
-        covariance = self._covariance + np.diag(self._largest * (DRIFT_SD / PRIOR_SD) ** 2)
-        excess = max(abs(error) / (HUBER * self._spread), 1.0)
-        gain = covariance @ inputs
-        gain = gain / (float(inputs @ gain) + excess * (1.5 * self._spread) ** 2)
-        self._costs = np.maximum(self._costs + gain * error, 0.0)
-        covariance = covariance - np.outer(gain, inputs @ covariance)
-        # No direction that the steps of late say nothing about is forgotten beyond the prior.
-        shrink = np.minimum(np.sqrt(self._largest / np.maximum(np.diag(covariance), 1e-300)), 1.0)
-        self._covariance = (covariance + covariance.T) / 2 * np.outer(shrink, shrink)
-        towards = 1 + SPREAD_RATE if abs(error) > self._spread else 1 - SPREAD_RATE
+        inputs, output = regressors / scale, seconds / scale
+        error = abs(output - float(self._costs @ inputs))
+        weight = min(HUBER * self._spread / max(error, 1e-12), 1.0)
+        towards = 1 + SPREAD_RATE if error > self._spread else 1 - SPREAD_RATE
         self._spread = min(max(self._spread * towards, MIN_SPREAD), MAX_SPREAD)
+        information, target = self._information, self._target
+        known = information @ inputs
+        forgotten = known * (FORGETTING / float(inputs @ known))
+        target -= forgotten * float(inputs @ target)
+        information -= forgotten[:, None] * known
+        target += (weight * output) * inputs
+        information += (weight * inputs)[:, None] * inputs
+        costs = self._costs.tolist()
+        for place, row in enumerate(information):
+            slope = float(row @ self._costs) - target[place]
+            costs[place] = max(costs[place] - slope / max(row[place], 1e-300), 0.0)
+            self._costs[place] = costs[place]
 
 
-class StepTimer:
-    """Seconds of enqueued steps, of which the next one may be enqueued before the last is read.
+class EnqueuedStep(NamedTuple):
+    features: StepFeatures
+    enqueued_s: float
+
+
+class StepTimes:
+    """Measures the engine's steps, of which the next is enqueued before the last one is read.
 
     A step runs from the moment it is enqueued, or from the end of the one before if that is later,
     to the moment its tokens are read. So time without work is in no step.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        adapter_bytes: Callable[[int], int],
+        token_buckets: Sequence[int],
+    ) -> None:
+        self.model = StepTimeModel()
+        self.last = StepFeatures(0, 0, 0, 0, 0, 0, 0, 0, 0)  # of the step enqueued last
         self._clock = clock
-        self._read_s = 0.0  # when the last step's tokens were read
+        self._adapter_bytes = adapter_bytes
+        self._token_buckets = token_buckets
+        self._num_sent = 0
+        self._unread: deque[EnqueuedStep] = deque()
+        self._read_s = -math.inf  # when the last step's tokens were read
+        self._ends_s = -math.inf  # when what is enqueued will have ended
 
-    def enqueue(self) -> float:
-        """Call before a step is enqueued; give the result to `read`."""
-        return self._clock()
+    def enqueue(self, batch: ScheduledBatch) -> None:
+        """Call before a step is enqueued."""
+        features = features_of(
+            batch, self._adapter_bytes, self._token_buckets, num_sent=self._num_sent
+        )
+        self._num_sent = len(batch.sends)
+        self.last = features
+        now_s = self._clock()
+        self._unread.append(EnqueuedStep(features, now_s))
+        self._ends_s = max(self._ends_s, now_s) + self.model.predict(features)
 
-    def read(self, enqueued_s: float) -> float:
-        """The seconds of the step whose tokens have just been read."""
-        started_s, self._read_s = max(enqueued_s, self._read_s), self._clock()
-        return self._read_s - started_s
+    def read(self) -> None:
+        """Call when the tokens of the oldest unread step have been read."""
+        step = self._unread.popleft()
+        started_s, self._read_s = max(step.enqueued_s, self._read_s), self._clock()
+        self.model.observe(step.features, self._read_s - started_s)
+        self._ends_s = self._read_s + sum([self.model.predict(s.features) for s in self._unread])
+
+    def busy_s(self, now_s: float) -> float:
+        """Predicted seconds until all that is enqueued has ended."""
+        return max(self._ends_s - now_s, 0.0)
+
+    def stats(self) -> dict[str, float]:
+        """Seconds of a step of late, and the median relative error of the predictions."""
+        model = self.model
+        return {"mean_s": model.mean_step_s, "error": model.spread, "steps": model.num_observed}

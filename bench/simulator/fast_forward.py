@@ -57,6 +57,8 @@ class FastForward:
             return False
         if features.num_decoding != len(scheduler._running):
             return False
+        if scheduler._foresight.may_send(scheduler._waiting):  # nearer its turn, it may be worth it
+            return False
         # A sequence that was preempted may have waited for its token alone. Any other that was not
         # admitted will not be: rows and pages only get fewer.
         head = scheduler._waiting.first()

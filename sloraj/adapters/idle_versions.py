@@ -47,12 +47,15 @@ class IdleVersions:
             heapq.heappop(self._heap)
         return self._heap[0][1]
 
+    def num_pages_beside(self, keep: Collection[str]) -> int:
+        """Pages of all but `keep`."""
+        return self.num_pages - sum([self._pages.get(version_id, 0) for version_id in keep])
+
     def going(self, num_pages: int, keep: Collection[str]) -> list[str] | None:
         """Those worth least that together hold `num_pages` pages, at least one and none of `keep`;
         None if there are not such.
         """
-        kept = [version_id for version_id in keep if version_id in self._values]
-        if self.num_pages - sum([self._pages[v] for v in kept]) < num_pages:
+        if self.num_pages_beside(keep) < num_pages:
             return None
         going: list[str] = []
         popped: list[tuple[KeepValue, str]] = []

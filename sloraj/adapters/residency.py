@@ -97,6 +97,11 @@ class Residency:
         """Waiting sequences by version."""
         return dict(self._wanted)
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether a version that is not here could have one."""
+        return bool(self._free_slots or self._idle)
+
     def slot_bytes(self, slot: int) -> int:
         """Size of the adapter in a slot; 0 for slot 0, the base model."""
         return self._slot_bytes[slot]
@@ -144,7 +149,7 @@ class Residency:
         """Whether the version can be acquired, and `num_other_pages` allocated beside it, now."""
         resident = None if version is None else self._residents.get(version.version_id)
         is_missing = version is not None and resident is None
-        if is_missing and not (self._free_slots or self._idle):
+        if is_missing and not self.has_slot:
             return False
         num_pages = version.num_pages if version is not None and is_missing else 0
         if self._num_reserved is not None:
@@ -211,9 +216,11 @@ class Residency:
         """
         if version.version_id in self._residents:
             return None
+        obtainable = self._num_free_for_versions + self._idle.num_pages_beside(keep)
+        num_other_pages = num_other_pages if self._num_reserved is None else 0
+        if version.num_pages + num_other_pages > obtainable:
+            return None
         missing = version.num_pages - self._num_free_for_versions
-        if self._num_reserved is None:
-            missing += num_other_pages
         if missing > 0 or not self._free_slots:
             going = self._idle.going(missing, keep)
             if going is None:
@@ -234,6 +241,12 @@ class Residency:
         if self._num_reserved is not None:
             return num_pages <= self._num_free_for_others
         return self._evict_until_free(num_pages, TOKENS)
+
+    @property
+    def num_obtainable_pages(self) -> int:
+        """Pages that tokens could have now, were all idle versions evicted for them."""
+        idle = self.num_idle_pages if self._num_reserved is None else 0
+        return self._num_free_for_others + idle
 
     @property
     def _num_free_for_versions(self) -> int:

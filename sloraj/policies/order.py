@@ -54,6 +54,9 @@ class Order(Protocol):
     def finish(self, sequence: Sequence, *, was_running: bool) -> None:
         """A sequence that was admitted has ended, however that came about, running or paused."""
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """How many of a tenant's sequences are in here, if tenants have accounts; else 0."""
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name: at most a few dozen, whatever the traffic."""
 
@@ -106,6 +109,9 @@ class FirstComeFirstServed:
 
     def finish(self, sequence: Sequence, *, was_running: bool) -> None:
         """Nothing is remembered."""
+
+    def num_waiting_of(self, tenant: str) -> int:
+        return 0
 
     def stats(self) -> dict[str, Any]:
         return {}

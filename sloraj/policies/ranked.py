@@ -22,6 +22,7 @@ from sloraj.policies.walk import Walk
 from sloraj.request import Sequence
 
 LoadedBytes = Callable[[Sequence], int]
+_Arrival = tuple[Account, float, float]  # score; cost of the prompt over the account's weight
 
 
 class RankedOrder:
@@ -40,7 +41,7 @@ class RankedOrder:
         self._cost = cost
         self._loaded_bytes = loaded_bytes
         self._ranking = Ranking()
-        self._arrivals: OrderedDict[Sequence, Account] = OrderedDict()
+        self._arrivals: OrderedDict[Sequence, _Arrival] = OrderedDict()
         self._everyone = Account("")  # without tenants
         is_fair = settings.queue_order == "vtc"
         self._tenants = Tenants(settings.tenant_weights, self._ranking) if is_fair else None
@@ -63,7 +64,8 @@ class RankedOrder:
         tenants = self._tenants
         account = self._everyone if tenants is None else tenants.arrive(sequence.tenant)
         score = self._score(sequence)
-        self._arrivals[sequence] = account
+        prompt_cost = self._cost.prompt(sequence.num_prompt_tokens, sequence.adapter_bytes)
+        self._arrivals[sequence] = (account, score, prompt_cost / account.weight)
         self._ranking.add(account, score, sequence)
         if self._clustering is not None:
             self._clustering.add(account, score, sequence)
@@ -71,14 +73,13 @@ class RankedOrder:
     def remove(self, sequence: Sequence) -> None:
         self._leave(sequence, is_admitted=False)
 
-    def _leave(self, sequence: Sequence, *, is_admitted: bool) -> Account:
-        account = self._arrivals.pop(sequence)
-        self._ranking.remove(account, self._score(sequence), sequence)
+    def _leave(self, sequence: Sequence, *, is_admitted: bool) -> None:
+        account, score, _ = self._arrivals.pop(sequence)
+        self._ranking.remove(account, score, sequence)
         if self._clustering is not None:
             self._clustering.remove(sequence)
         if self._tenants is not None:
             self._tenants.leave(account, is_admitted=is_admitted)
-        return account
 
     def _score(self, sequence: Sequence) -> float:
         """Within an account, the lower first; equal ones in the order of arrival."""
@@ -103,6 +104,7 @@ class RankedOrder:
         return sequence
 
     def pass_over(self) -> bool:
+        # What is clustered and does not fit leaves the rest of the pass to whose turn it is.
         self._is_in_turn = self._is_out_of_turn
         return self._is_out_of_turn
 
@@ -120,14 +122,11 @@ class RankedOrder:
             sequence = head[2] if ahead is None else ahead.choose(head)
             taken.add(sequence)
             if self._tenants is not None:
-                account = self._arrivals[sequence]
-                is_loaded = sequence.version_id in loaded
-                charge = self._admission_cost(
-                    sequence, 0 if is_loaded else self._loaded_bytes(sequence)
-                )
-                loaded.add(sequence.version_id)
-                counter = counters.get(account, account.counter)
-                counters[account] = counter + charge / account.weight
+                account, _, charge = self._arrivals[sequence]
+                if sequence.version_id not in loaded:
+                    loaded.add(sequence.version_id)
+                    charge += self._load_cost(account, self._loaded_bytes(sequence))
+                counters[account] = counters.get(account, account.counter) + charge
             yield sequence
 
     # --- who is served ---
@@ -139,15 +138,15 @@ class RankedOrder:
         if self._clustering is not None:
             self._clustering.admitted(sequence, head)
             self._clustering.start(sequence.version_id)
-        account = self._leave(sequence, is_admitted=True)
+        account, _, charge = self._arrivals[sequence]
+        self._leave(sequence, is_admitted=True)
         if self._tenants is not None:
-            account.counter += self._admission_cost(sequence, loaded_bytes) / account.weight
+            account.counter += charge + self._load_cost(account, loaded_bytes)
             token_cost = self._cost.output_token(sequence.adapter_bytes) / account.weight
             self._admitted[sequence] = (account, token_cost)
 
-    def _admission_cost(self, sequence: Sequence, loaded_bytes: int) -> float:
-        prompt = self._cost.prompt(sequence.num_prompt_tokens, sequence.adapter_bytes)
-        return prompt + self._cost.load(loaded_bytes)
+    def _load_cost(self, account: Account, num_bytes: int) -> float:
+        return self._cost.load(num_bytes) / account.weight if num_bytes else 0.0
 
     def sampled(self, sequences: Iterable[Sequence]) -> None:
         if self._tenants is not None:
@@ -172,6 +171,9 @@ class RankedOrder:
             self._tenants.finish(account)
 
     # --- what it comes to ---
+
+    def num_waiting_of(self, tenant: str) -> int:
+        return 0 if self._tenants is None else self._tenants.num_waiting_of(tenant)
 
     def stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = {"overtakes": self._num_overtakes}

@@ -17,7 +17,7 @@ from sloraj.errors import InternalError
 from sloraj.request import Sequence
 
 Item = tuple[float, int, Sequence]  # score, tag (tags grow with arrival), the sequence
-_Entry = tuple[float, int, int, "Line"]  # counter, tag of the head, a number without ties, line
+Entry = tuple[float, int, int, "Line"]  # counter, tag of the head, a number without ties, line
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -37,7 +37,7 @@ class Line:
 
     account: Account
     items: list[Item] = dataclasses.field(default_factory=list)
-    entry: _Entry | None = None
+    entry: Entry | None = None
 
 
 class Ranking:
@@ -45,8 +45,8 @@ class Ranking:
 
     def __init__(self) -> None:
         self._lines: dict[Account, Line] = {}
-        self._entries: list[_Entry] = []
-        self._walked: list[_Entry] = []  # taken off the heap by the last walk
+        self._entries: list[Entry] = []
+        self._walked: list[Entry] = []  # taken off the heap by the last walk
         self._numbers = itertools.count()
 
     def __contains__(self, account: Account) -> bool:
@@ -92,25 +92,21 @@ class Ranking:
         line = self._top()
         return None if line is None else line.account
 
-    def take_first(self) -> Line | None:
-        """Take the first line off the heap for a walk, until anything else is asked."""
-        line = self._top()
-        if line is not None:
-            self._walked.append(heapq.heappop(self._entries))
-        return line
-
-    def first_entry(self) -> tuple[float, int] | None:
-        """Counter and tag of the first line that no walk has taken."""
-        line = self._top()
-        return None if line is None else self._entries[0][:2]
-
-    def start_walk(self) -> None:
+    def start_walk(self) -> Entry | None:
+        """A walk begins: the entry of the first line."""
         self._restore()
+        return None if self._top() is None else self._entries[0]
+
+    def next_entry(self) -> Entry | None:
+        """The walk goes on: the entry of the line after the one it had."""
+        self._walked.append(heapq.heappop(self._entries))
+        return None if self._top() is None else self._entries[0]
 
     def _rank(self, line: Line) -> None:
         """Enter a line, or enter it anew if it moves up: what moves down is found out in time."""
         counter, tag = line.account.counter, line.items[0][1]
-        if line.entry is None or (counter, tag) < line.entry[:2]:
+        old = line.entry
+        if old is None or counter < old[0] or (counter == old[0] and tag < old[1]):
             line.entry = (counter, tag, next(self._numbers), line)
             heapq.heappush(self._entries, line.entry)
             if len(self._entries) > 64 + 2 * len(self._lines):
@@ -134,9 +130,10 @@ class Ranking:
         return None
 
     def _restore(self) -> None:
-        for entry in self._walked:
-            heapq.heappush(self._entries, entry)
-        self._walked.clear()
+        if self._walked:
+            for entry in self._walked:
+                heapq.heappush(self._entries, entry)
+            self._walked.clear()
 
     def check_integrity(self) -> None:
         """Raise InternalError unless every line is sorted and stands where it should, or above."""

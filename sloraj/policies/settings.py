@@ -22,6 +22,7 @@ class QueueConfig:
     queue_order: str = "fcfs"
     priority_ageing_s: float = 10.0
     tenant_weights: tuple[tuple[str, float], ...] = ()
+    tenant_max_waiting: int | None = None
     prompt_token_cost: float = 1.0
     output_token_cost: float = 2.0
     adapter_cost: float = 1.0
@@ -38,7 +39,7 @@ class QueueConfig:
         for name in ("adapter_cost", "adapter_load_cost", "cluster_max_lead"):
             value = getattr(self, name)
             self._require(value == 0 or _is_finite_above(value, 0.0), name, "0 and up")
-        for name in ("cluster_adapters", "cluster_max_overtakes"):
+        for name in ("cluster_adapters", "cluster_max_overtakes", "tenant_max_waiting"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "1 and up")
         wait_s = self.cluster_max_wait_s
@@ -46,8 +47,16 @@ class QueueConfig:
             wait_s is None or _is_finite_above(wait_s, 0.0), "cluster_max_wait_s", "above 0"
         )
         self._check_weights()
+        for name in ("tenant_weights", "tenant_max_waiting"):
+            is_heeded = self.queue_order == "vtc" or not getattr(self, name)
+            self._require(is_heeded, name, "none, unless queue_order is vtc")
 
     def _check_weights(self) -> None:
+        is_pairs = isinstance(self.tenant_weights, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)
+            for pair in self.tenant_weights
+        )
+        self._require(is_pairs, "tenant_weights", "pairs of a name and a weight")
         names = [name for name, _ in self.tenant_weights]
         for name, weight in self.tenant_weights:
             self._require(

@@ -92,6 +92,10 @@ class WaitingQueue:
         """A running sequence has ended, however that came about."""
         self._order.finish(sequence, was_running=True)
 
+    def num_waiting_of(self, tenant: str) -> int:
+        """How many new sequences of a tenant wait, if tenants have accounts; else 0."""
+        return self._order.num_waiting_of(tenant)
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges by name."""
         return {"admissions": self._num_admitted, **self._order.stats()}

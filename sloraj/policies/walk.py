@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import itertools
 
-from sloraj.policies.ranking import Account, Item, Ranking
+from sloraj.policies.ranking import Account, Entry, Item, Ranking
 from sloraj.request import Sequence
 
 
@@ -15,6 +16,7 @@ class _Position:
     account: Account
     items: list[Item]
     place: int = 0
+    is_own: bool = False  # `items` is not the ranking's own list
 
 
 class Walk:
@@ -33,52 +35,56 @@ class Walk:
         self._positions: dict[Account, _Position] = {}
         self._frontier: list[tuple[float, int, int, _Position]] = []
         self._numbers = itertools.count()
-        ranking.start_walk()
+        self._next = ranking.start_walk()  # the first line not yet taken from the ranking
 
     def add(self, account: Account, items: list[Item]) -> None:
         """More sequences of an account, as if they were in the ranking."""
         position = self._positions.get(account)
-        old = self._ranking.items_of(account) if position is None else position.items
-        place = 0 if position is None else position.place
-        self._enter(_Position(account, sorted([*old[place:], *items])))
+        if position is None:
+            position = _Position(account, self._ranking.items_of(account))
+            self._positions[account] = position
+        if not position.is_own:
+            position.items, position.place = position.items[position.place :], 0
+            position.is_own = True
+        for item in items:
+            bisect.insort(position.items, item, lo=position.place)
+        counter = self._counters.get(account, account.counter)
+        head = position.items[position.place]
+        heapq.heappush(self._frontier, (counter, head[1], next(self._numbers), position))
 
     def peek(self) -> Item | None:
         """The first that is not taken."""
+        frontier, taken = self._frontier, self._taken
         while True:
-            self._approach()
-            if not self._frontier:
-                return None
-            counter, tag, number, position = self._frontier[0]
-            if self._positions[position.account] is not position or not self._advance(position):
-                heapq.heappop(self._frontier)
+            ahead = self._next
+            if ahead is not None and (not frontier or _is_before(ahead, frontier[0])):
+                self._next = self._ranking.next_entry()
+                self._pull(ahead)
                 continue
-            item = position.items[position.place]
+            if not frontier:
+                return None
+            counter, tag, number, position = frontier[0]
+            items, place = position.items, position.place
+            while place < len(items) and items[place][2] in taken:
+                place += 1
+            position.place = place
+            if place == len(items):
+                heapq.heappop(frontier)
+                continue
+            item = items[place]
             now = self._counters.get(position.account, position.account.counter)
             if now == counter and item[1] == tag:
                 return item
-            heapq.heapreplace(self._frontier, (now, item[1], number, position))
+            heapq.heapreplace(frontier, (now, item[1], number, position))
 
-    def _approach(self) -> None:
-        """Take from the ranking the lines that may be ahead of all taken so far."""
-        while (entry := self._ranking.first_entry()) is not None and (
-            not self._frontier or entry < self._frontier[0][:2]
-        ):
-            line = self._ranking.take_first()
-            assert line is not None
-            if line.account not in self._positions:
-                self._enter(_Position(line.account, line.items))
+    def _pull(self, entry: Entry) -> None:
+        """Take over a line; where it stands is set right when it comes to the top."""
+        counter, tag, _, line = entry
+        if line.account not in self._positions:
+            position = _Position(line.account, line.items)
+            self._positions[line.account] = position
+            heapq.heappush(self._frontier, (counter, tag, next(self._numbers), position))
 
-    def _enter(self, position: _Position) -> None:
-        self._positions[position.account] = position
-        if self._advance(position):
-            counter = self._counters.get(position.account, position.account.counter)
-            entry = (counter, position.items[position.place][1], next(self._numbers), position)
-            heapq.heappush(self._frontier, entry)
 
-    def _advance(self, position: _Position) -> bool:
-        """Step over what is taken; False at the end."""
-        items, place = position.items, position.place
-        while place < len(items) and items[place][2] in self._taken:
-            place += 1
-        position.place = place
-        return place < len(items)
+def _is_before(entry: Entry, other: tuple[float, int, int, _Position]) -> bool:
+    return entry[0] < other[0] or (entry[0] == other[0] and entry[1] < other[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from checkpoints.demo import ADAPTERS_DIR, MODEL_DIR
 from checkpoints.demo.tasks import BASE_TASK, TASKS, prompt
@@ -142,3 +143,17 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, change: dict[str, obje
     write_hf_model(tmp_path, tiny_config(), seed=0)
     with pytest.raises(ConfigError, match="merged_adapter: got tensor_parallel_size"):
         build_core(settings(tmp_path, merged_adapter=str(tmp_path), **change), quiet)
+
+
+def test_service_is_measured_by_the_bytes_of_the_model(tmp_path: Path) -> None:
+    write_hf_model(tmp_path, tiny_config(), seed=0)
+    core, _ = build_core(settings(tmp_path, pool_bytes=20 * PAGE_BYTES, queue_order="vtc"), quiet)
+    num_parameters = sum(
+        tensor.size
+        for path in tmp_path.glob("*.safetensors")
+        for tensor in load_file(path).values()
+    )
+    measured = core._config.base_bytes
+    assert measured.weights == 4 * num_parameters  # float32
+    assert measured.row == 4 * num_parameters + 512 * PAGE_BYTES // 16  # max_num_seqs is 1
+    assert core.stats()["queue"]["tenants"] == 0

@@ -27,6 +27,7 @@ from sloraj.errors import (
     AdapterNotFound,
     ContextTooLong,
     EngineUnavailable,
+    FirstTokenTooLate,
     InternalError,
     InvalidRequest,
     QueueFull,
@@ -109,10 +110,13 @@ class FakeEngine:
         self.first_token_delay_s = 0.0
         self.max_waiting = 10**9  # above this many requests: QueueFull
         self.fail_after: int | None = None  # tokens after which every request gets an InternalError
-        self.retry_after_s = 2.5  # what QueueFull says
+        self.retry_after_s = 2.5  # what QueueFull and FirstTokenTooLate say
+        self.is_late = False  # every request: FirstTokenTooLate
         self.load_delay_s = 0.0
         self.is_frozen = False  # no output, no heartbeat
         self.submitted: list[tuple[str, list[int], SamplingParams, str | None]] = []
+        self.slos_s: list[float | None] = []  # first_token_slo_s of each submitted
+        self.standings: list[tuple[int, str | None]] = []  # priority and tenant of each submitted
         self.aborted: list[str] = []
         self.abort_times: dict[str, float] = {}
         self._model_path = model_path
@@ -149,6 +153,9 @@ class FakeEngine:
         *,
         add_special_tokens: bool = True,
         allow_special: bool = False,
+        priority: int = 0,
+        tenant: str | None = None,
+        first_token_slo_s: float | None = None,
     ) -> int:
         if isinstance(prompt, str):
             if len(prompt) > MAX_MODEL_LEN * 16:  # no token stands for more than 16 characters
@@ -164,6 +171,8 @@ class FakeEngine:
             if self._state != "ready":
                 raise EngineUnavailable(f"the engine is {self._state}")
             self.submitted.append((request_id, prompt, params, adapter_id))
+            self.standings.append((priority, tenant))
+            self.slos_s.append(first_token_slo_s)
             running = Running(
                 request_id, prompt, params, self._adapters.get(adapter_id or ""), on_output
             )
@@ -171,6 +180,9 @@ class FakeEngine:
                 self._emit_error(
                     running, AdapterNotFound(f"no adapter {adapter_id!r}", param="model")
                 )
+            elif self.is_late:
+                late = FirstTokenTooLate("too late", retry_after_s=self.retry_after_s)
+                self._emit_error(running, late)
             elif len(self._running) >= self.max_waiting:
                 full = QueueFull("too many waiting requests", retry_after_s=self.retry_after_s)
                 self._emit_error(running, full)

@@ -156,6 +156,23 @@ def test_unknown_fields_are_ignored_and_lora_path_must_agree(client: TestClient)
     assert error["param"] == "lora_path"
 
 
+@pytest.mark.row(15)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("priority", 1.5), ("priority", "1"), ("priority", True), ("priority", 2**31),
+     ("priority", -(2**31)), ("priority", [0]), ("user", 7), ("user", ["me"]),
+     ("first_token_slo_s", 0), ("first_token_slo_s", -1), ("first_token_slo_s", "1"),
+     ("first_token_slo_s", True), ("first_token_slo_s", 1e6)],
+)  # fmt: skip
+def test_a_standing_of_the_wrong_kind_is_refused(
+    client: TestClient, engine: FakeEngine, field: str, value: Any
+) -> None:
+    assert refusal(client, {**PROMPT, field: value})["param"] == field
+    chat = {"messages": [{"role": "user", "content": "a"}], field: value}
+    assert refusal(client, chat, "/v1/chat/completions")["param"] == field
+    assert engine.submitted == []
+
+
 @pytest.mark.row(16)
 @pytest.mark.parametrize(
     ("field", "value"),

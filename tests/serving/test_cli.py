@@ -69,6 +69,17 @@ def test_values_are_typed_and_sizes_have_units(capsys: pytest.CaptureFixture[str
     assert [size(t) for t in ("24GB", "512MiB", "7", "1k")] == [24 * 10**9, 2**29, 7, 1000]
 
 
+def test_weights_of_tenants_are_pairs_or_json_and_add_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = printed(
+        capsys, "base", "--scheduling-policy", "vtc", "--tenant-weights", "sql=2,chat=0.5",
+        "--tenant-weights", '{"a,b": 3}',
+    )["engine"]  # fmt: skip
+    assert shown["queue_order"] == "vtc"
+    assert shown["tenant_weights"] == [["sql", 2.0], ["chat", 0.5], ["a,b", 3.0]]
+
+
 def test_keys_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(capsys, "base", "--api-key", "secret", "--admin-api-key", "secret2")
     assert "secret" not in json.dumps(shown)
@@ -81,6 +92,12 @@ def test_keys_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ["serve", "base", "--port", "99999"],
         ["serve", "base", "--api-key", "two words"],
         ["serve", "base", "--log-level", "loud"],
+        ["serve", "base", "--tenant-from", "key"],
+        ["serve", "base", "--queue-order", "lifo"],
+        ["serve", "base", "--tenant-weights", "a=0"],
+        ["serve", "base", "--tenant-weights", "a=1,a=2"],
+        ["serve", "base", "--tenant-weights", "a=inf"],
+        ["serve", "base", "--cluster-adapters", "0"],
         ["convert", "base", "out", "--tp", "0"],
     ],
 )
@@ -96,7 +113,9 @@ def test_impossible_settings_are_one_line_and_status_1(
 @pytest.mark.parametrize(
     "argv",
     [[], ["serve"], ["serve", "b", "--pool-bytes", "lots"], ["serve", "b", "--lora-modules", "=x"],
-     ["serve", "b", "--lora-modules", "{}"], ["serve", "b", "--lora-modules", "{"], ["check", "a"]],
+     ["serve", "b", "--lora-modules", "{}"], ["serve", "b", "--lora-modules", "{"], ["check", "a"],
+     ["serve", "b", "--tenant-weights", "a"], ["serve", "b", "--tenant-weights", '{"a": "x"}'],
+     ["serve", "b", "--tenant-weights", "{"]],
 )  # fmt: skip
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:

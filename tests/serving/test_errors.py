@@ -44,6 +44,7 @@ def test_an_error_added_later_inherits_its_parents_answer() -> None:
         (errors.AdapterExists("x"), 400),
         (errors.AdapterBusy("x"), 409),
         (errors.QueueFull("x"), 503),
+        (errors.FirstTokenTooLate("x"), 503),
         (errors.EngineUnavailable("x"), 503),
         (errors.InternalError("x"), 500),
         (ZeroDivisionError("x"), 500),

@@ -108,6 +108,18 @@ def test_a_full_queue_is_a_503_with_the_engines_own_delay(
         assert response.json()["error"]["code"] == "queue_full"
 
 
+@pytest.mark.row(52)
+def test_what_would_begin_too_late_is_a_503_with_the_engines_own_delay(
+    client: TestClient, engine: FakeEngine
+) -> None:
+    engine.is_late = True
+    for body in (ASK, {**ASK, "stream": True}):  # a stream as well: no header has been sent yet
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "3"
+        assert response.json()["error"]["code"] == "first_token_too_late"
+
+
 class TestHeartbeat:
     @pytest.fixture
     def config(self) -> ServerConfig:

@@ -22,6 +22,25 @@ from sloraj.errors import ConfigError
         ("quantization", "int4"),
         ("loader_processes", -1),
         ("loader_processes", 65),
+        ("queue_order", "lifo"),
+        ("priority_ageing_s", 0.0),
+        ("priority_ageing_s", float("nan")),
+        ("tenant_weights", (("a", -1.0),)),
+        ("tenant_weights", (("", 1.0),)),
+        ("tenant_weights", {"a": 1.0}),
+        ("tenant_weights", (("a", "much"),)),
+        ("tenant_weights", (("x" * 257, 1.0),)),
+        ("prompt_token_cost", 0.0),
+        ("output_token_cost", float("inf")),
+        ("adapter_cost", -0.5),
+        ("adapter_load_cost", float("nan")),
+        ("cluster_adapters", 0),
+        ("tenant_max_waiting", 0),
+        ("tenant_max_waiting", 5),  # nothing would heed it
+        ("tenant_weights", (("a", 2.0),)),  # nor that
+        ("cluster_max_overtakes", 0),
+        ("cluster_max_wait_s", 0.0),
+        ("cluster_max_lead", -1.0),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(field: str, value: object) -> None:

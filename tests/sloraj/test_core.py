@@ -35,6 +35,7 @@ from sloraj.messages import (
     Shutdown,
     TokenOutput,
 )
+from sloraj.policies.settings import QueueConfig
 from tests.sloraj.core_driver import EOS, CoreDriver, load_from_path
 from tests.sloraj.fake_runner import tokens_alone
 
@@ -152,7 +153,7 @@ def test_a_request_beside_its_adapter_may_be_too_much_for_the_pool() -> None:
     driver.run()
     driver.expect(base, [1] * 8, max_tokens=5)
     error = driver.failures[adapted]
-    assert isinstance(error, InvalidRequest) and "7 pages of the adapter" in error.message
+    assert isinstance(error, InvalidRequest) and "7 pages of adapters" in error.message
     driver.expect_clean()
 
 
@@ -330,3 +331,35 @@ def test_the_loop_blocks_while_idle_beats_and_ends_on_shutdown() -> None:
     thread.join(timeout=10)
     assert not thread.is_alive()
     core.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("standing", "order", "param"),
+    [
+        ({"priority": 1}, "fcfs", "priority"),
+        ({"priority": 2**31}, "priority", "priority"),
+        ({"priority": -(2**31)}, "vtc", "priority"),
+        ({"tenant": ""}, "vtc", "tenant"),
+        ({"tenant": "x" * 257}, "vtc", "tenant"),
+    ],
+)
+def test_a_standing_that_cannot_be_heeded_is_refused_by_name(
+    standing: dict[str, Any], order: str, param: str
+) -> None:
+    driver = CoreDriver(queue=QueueConfig(queue_order=order))
+    request_id = driver.generate([1], **standing)
+    driver.run()
+    failure = driver.failures[request_id]
+    assert isinstance(failure, InvalidRequest) and failure.param == param
+    driver.expect_clean()
+
+
+def test_without_a_tenant_the_adapter_is_the_tenant() -> None:
+    driver = CoreDriver(queue=QueueConfig(queue_order="vtc"))
+    driver.loaded("a", "1:2")
+    for adapter_id, tenant in ((None, None), ("a", None), ("a", "team"), (None, "team")):
+        driver.generate([1], adapter_id, tenant=tenant)
+    driver.step()
+    tenants = [s.tenant for r in driver.core._requests.values() for s in r.sequences]
+    assert tenants == ["", "a", "team", "team"]
+    assert driver.core.stats()["queue"]["tenants"] == 3

@@ -20,7 +20,15 @@ from sloraj.errors import (
     QueueFull,
 )
 from sloraj.launch import ProgressBars
-from tests.sloraj.fake_core import FACTORY, MAX_MODEL_LEN, VERSION, answer_token, write_model
+from sloraj.messages import Generate
+from tests.sloraj.fake_core import (
+    FACTORY,
+    MAX_MODEL_LEN,
+    VERSION,
+    FakeCore,
+    answer_token,
+    write_model,
+)
 
 TEN = SamplingParams(max_tokens=10)
 
@@ -100,6 +108,28 @@ def test_errors_may_be_returned_each_in_its_place(engine: Engine) -> None:
     assert answers[0].text == expected("abc", None)
     assert answers[1].text == ""
     assert answers[1].finish_reason is None
+
+
+def test_each_request_has_its_priority_and_its_tenant(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Generate] = []
+    start = FakeCore._start
+    monkeypatch.setattr(FakeCore, "_start", lambda core, m: [sent.append(m), start(core, m)][1])
+    with Engine(model, core_factory=FACTORY) as engine:
+        engine.generate(["a", "b"], TEN, [None, "shift-1"], priority=[2, -1])
+        engine.generate(["c", "d"], TEN, priority=3, tenant=["team", None])
+        list(engine.stream("e", TEN, "shift-1", priority=4, tenant="me"))
+        with pytest.raises(InvalidRequest, match="adapter: got 2"):
+            engine.generate("a", TEN, priority=[1, 2, 3], adapter=[None, None])
+        base = engine.info.model_id
+    assert {(tuple(m.prompt_token_ids), m.priority, m.tenant) for m in sent} == {
+        (tuple(b"a"), 2, base),
+        (tuple(b"b"), -1, "shift-1"),
+        (tuple(b"c"), 3, "team"),
+        (tuple(b"d"), 3, base),
+        (tuple(b"e"), 4, "me"),
+    }
 
 
 def test_a_stream_is_the_answer_in_pieces(engine: Engine) -> None:

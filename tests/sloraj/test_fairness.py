@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from sloraj.batch import ScheduledBatch
+from sloraj.errors import QueueFull
 from sloraj.policies import tenants as tenants_module
 from sloraj.policies.cost import BaseBytes
 from sloraj.policies.settings import QueueConfig
@@ -120,7 +121,7 @@ class Flood:
         )
 
     def num_waiting(self, tenant: str) -> int:
-        requests = self.driver.core._requests.values()
+        requests = self.driver.core._requests
         sequences = [s for request in requests for s in request.sequences]
         return sum(s.tenant == tenant and s.admission == 0 for s in sequences)
 
@@ -175,7 +176,9 @@ def test_what_two_backlogged_tenants_receive_differs_by_no_more_than_the_bound(
 
 
 def test_first_come_first_served_breaks_that_bound() -> None:
-    driver = fair(num_pages=60, queue={"queue_order": "fcfs"}, max_adapter_slots=3)
+    driver = fair(
+        num_pages=60, queue={"queue_order": "fcfs", "tenant_weights": ()}, max_adapter_slots=3
+    )
     gap = Flood(driver, (GREEDY, SHY), seed=0).widest_gap("greedy", "shy", 600)
     assert gap > limit_of(GREEDY, SHY)
 
@@ -237,6 +240,18 @@ def test_a_tenant_below_its_share_waits_for_one_admission_at_most() -> None:
             flood.step(comers=False)
         since = [s.tenant for s in flood.ledger.admitted[before:]]
         assert since.index("light") <= 1
+
+
+def test_a_flood_that_fills_its_own_room_leaves_that_of_others() -> None:
+    driver = fair(num_pages=60, queue={"tenant_max_waiting": 5}, max_num_waiting=20)
+    for _ in range(30):
+        driver.generate([1], tenant="flood")
+    kept = driver.generate([1], tenant="other")
+    driver.run()
+    refused = list(driver.failures.values())
+    assert len(refused) == 25 and all(isinstance(error, QueueFull) for error in refused)
+    assert all("--tenant-max-waiting" in error.message for error in refused)
+    driver.expect(kept, [1])
 
 
 def test_what_was_received_is_remembered_when_the_adapter_is_unloaded_and_comes_back() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sloraj.errors import AdapterBusy, AdapterExists, AdapterNotFound
+from sloraj.errors import AdapterBusy, AdapterExists, AdapterNotFound, FirstTokenTooLate
 from sloraj.messages import Abort
 from sloraj.policies.cost import BaseBytes
 from sloraj.policies.settings import QueueConfig
@@ -51,6 +51,17 @@ POLICIES: dict[str, dict[str, Any]] = {
     "vtc": {"queue_order": "vtc", "tenant_weights": (("t0", 2.0), ("a", 0.5))},
     "vtc, clustered": {"queue_order": "vtc", "cluster_max_lead": 20.0, **CLUSTERED},
 }
+# What looks ahead or back, with every order of the queue that it may have. A step takes 10 ms.
+MODEL = {"early_abort": "model", "first_token_slo_s": 0.12}
+PAPER = {"early_abort": "paper", "first_token_slo_s": 0.6}
+FORESIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "all on": ("vtc, clustered", MODEL),
+    "all on, by priority": ("priority, clustered", MODEL),
+    "all on, first come": ("fcfs", MODEL),
+    "the paper's": ("fcfs", {**PAPER, "retention": "paper"}),
+    "abort alone": ("fcfs, clustered", {**MODEL, "retention": "lru", "prefetch": False}),
+    "prefetch and the paper's retention": ("vtc", {"retention": "paper"}),
+}
 BASE_BYTES = BaseBytes(weights=160, row=80)
 
 
@@ -67,6 +78,7 @@ class _Traffic:
         self.refused: list[str] = []  # of these, all must have named an unknown adapter
         self.num_checked = 0
         self.num_too_large = 0
+        self.num_late = 0
 
     def operate(self) -> None:
         roll = self.random.random()
@@ -160,6 +172,12 @@ class _Traffic:
             assert isinstance(self.driver.failures.pop(self.refused.pop()), AdapterNotFound)
         for request_id, (prompt, content, params) in list(self.open.items()):
             failure = self.driver.failures.pop(request_id, None)
+            if isinstance(failure, FirstTokenTooLate):
+                assert self.driver.config.early_abort is not None
+                assert not any(answer_id == request_id for answer_id, _ in self.driver.answers)
+                self.num_late += 1
+                del self.open[request_id]
+                continue
             if failure is not None:  # the adapter and these tokens together exceed the pool
                 assert failure.param == "max_tokens"
                 self.num_too_large += 1
@@ -183,15 +201,9 @@ class _Traffic:
             self.num_checked += 1
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_random_operations_lose_nothing_and_change_no_answer(
-    geometry: str, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
-    num_operations = NUM_OPERATIONS // len(GEOMETRIES) // (1 if policy == "fcfs" else 8) + 1
-    queue = QueueConfig(**POLICIES[policy])
-    changes = {**GEOMETRIES[geometry], "queue": queue, "base_bytes": BASE_BYTES}
+def _run(geometry: str, num_operations: int, changes: dict[str, Any]) -> _Traffic:
+    """That many operations, and then all to its end: nothing is open, and nothing held."""
+    changes = {**GEOMETRIES[geometry], **changes}
     traffic = _Traffic(list(GEOMETRIES).index(geometry), changes)
     for _ in range(num_operations):
         traffic.operate()
@@ -205,7 +217,20 @@ def test_random_operations_lose_nothing_and_change_no_answer(
     traffic.driver.expect_clean()
     stats = traffic.driver.core.stats()
     assert stats["num_pages_free"] == stats["num_pages"]
-    assert stats["num_adapter_versions"] == stats["num_adapters"] == 0
+    assert stats["num_adapter_versions"] == stats["num_adapters"] == stats["num_leases"] == 0
+    return traffic
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_random_operations_lose_nothing_and_change_no_answer(
+    geometry: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)  # so that chunks are cut
+    num_operations = NUM_OPERATIONS // len(GEOMETRIES) // (1 if policy == "fcfs" else 8) + 1
+    queue = QueueConfig(**POLICIES[policy])
+    traffic = _run(geometry, num_operations, {"queue": queue, "base_bytes": BASE_BYTES})
+    stats = traffic.driver.core.stats()
     assert traffic.num_checked > num_operations // 20
     # The traffic reached what it is meant to reach.
     assert (traffic.num_too_large > 0) == (geometry == "tiny pool")
@@ -215,3 +240,26 @@ def test_random_operations_lose_nothing_and_change_no_answer(
         assert traffic.driver.runner.num_sends > 0
     if queue.queue_order != "fcfs" or (policy != "fcfs" and geometry != "one row"):
         assert stats["queue"]["overtakes"] > 0
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("policies", FORESIGHT)
+def test_policies_together_lose_nothing_and_change_no_answer(
+    geometry: str, policies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early abort, prefetch and retention, with every order: what is refused leaves nothing, what
+    is not is answered as it would be alone, and nobody waits for ever.
+    """
+    monkeypatch.setattr("sloraj.token_budget.WEIGHT_BOUND_TOKENS", 3)
+    num_operations = NUM_OPERATIONS // len(GEOMETRIES) // 10 + 1
+    order, changes = FORESIGHT[policies]
+    queue = QueueConfig(**POLICIES[order])
+    changes = {"queue": queue, "base_bytes": BASE_BYTES, **changes}
+    traffic = _run(geometry, num_operations, changes)
+    counts = traffic.driver.core.stats()["adapters"]
+    assert traffic.num_checked > num_operations // 25
+    if "early_abort" in changes and geometry in ("tiny pool", "one slot", "one row"):
+        assert traffic.num_late > 0
+    assert counts["prefetched"] == counts["prefetched_used"] + counts["prefetched_wasted"]
+    assert (counts["prefetched"] > 0) <= changes.get("prefetch", True)
+    assert (counts["evictions"]["policy"] > 0) == (changes.get("retention") == "paper")

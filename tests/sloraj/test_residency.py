@@ -277,7 +277,8 @@ def test_uses_bytes_and_causes_are_counted() -> None:
     device.use(third)  # a miss that takes a slot
     assert device.residency.evict_for(8)
     device.use(first)
-    assert device.residency.prefetch(third, 6, ()) is not None
+    assert device.pool.allocate(3, owner=99) is not None  # one page is left
+    assert device.residency.prefetch(third, 0, ()) is not None
     size = {version: version.packed.num_bytes for version in (first, second, third)}
     reloaded = size[first] + size[third]
     assert device.residency.stats() == {

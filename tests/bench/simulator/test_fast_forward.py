@@ -34,11 +34,11 @@ def run(
 
 def state(replica: Replica) -> dict[str, object]:
     stats = replica.core.stats()
-    stats.pop("step", None)  # what an engine learns of its own steps, from those that are stepped
+    del stats["step"]  # of steps passed over none is measured; nothing here asks how long they take
     return stats | {"now_s": replica.clock.now()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     rate=st.sampled_from((3.0, 30.0, 300.0)),
