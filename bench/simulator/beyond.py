@@ -29,7 +29,6 @@ from bench.simulator.saturation import saturated_rate
 from bench.simulator.scaling import Link, scaled
 
 PARALLEL = [("S5", 2), ("S5", 4), ("S7", 2), ("S7", 4), ("S6", 2), ("S6", 4), ("S6", 8)]
-KINDS = (("adapters without collectives", False), ("adapters", True))
 COUNTS = {"one GPU": (0, 200, 1000, 2000), "parallel": (10, 100)}
 
 
@@ -56,11 +55,19 @@ def points(model: DeviceModel, args: argparse.Namespace) -> Iterator[dict[str, A
             "S2", engine, model, num_adapters, args, "adapters" if num_adapters else "base"
         )
     for setting, tp in PARALLEL:
-        for num_adapters in (0, *COUNTS["parallel"]):
+        base: dict[str, Any] = {}
+        for num_adapters in COUNTS["parallel"]:
             engine = engine_of(setting, tp, args.max_num_seqs, num_adapters)
-            for kind, has_collectives in KINDS if num_adapters else (("base", True),):
+            for kind, count, has_collectives in (
+                ("base", 0, True), ("adapters without collectives", num_adapters, False),
+                ("adapters", num_adapters, True),
+            ):  # fmt: skip
                 own = scaled(model, source, engine, link, has_lora_collectives=has_collectives)
-                yield _point(setting, engine, own, num_adapters, args, kind)
+                if kind != "base":
+                    yield _point(setting, engine, own, count, args, kind)
+                    continue
+                base = base or _point(setting, engine, own, count, args, kind)
+                yield base | {"adapters": num_adapters}  # beside which it stands in the figure
 
 
 def _point(
