@@ -56,7 +56,7 @@ def ablation(gb: int, setting: str, count: int, systems: tuple[str, ...]) -> lis
 
 def bmm(gb: int, setting: str, counts: tuple[int, ...]) -> list[Point]:
     """The paper's batched products; few requests, for it is slow."""
-    engine = dataclasses.replace(B7, kernels="bmm", pool_bytes=int(gb * 1e9) - 16_000_000_000)
+    engine = dataclasses.replace(B7, kernels="bmm", pool_bytes=int(gb * 1e9) - 14_000_000_000)
     base: dict[str, Any] = {
         "figure": "ablation", "engine": engine, "setting": setting, "system": "bmm",
         "pool_gb": float(gb), "num_requests": 128, "give_up_s": 60.0,
