@@ -1,4 +1,4 @@
-"""The paper's evaluation by one command: sweeps in shards, the report, the summary.
+"""The paper's evaluation by one command: sweeps in shards, what is simulated, report, summary.
 
     python -m bench                        # every shard; hours on a GPU
     python -m bench core-7b retention-7b # some
@@ -41,6 +41,10 @@ def steps(args: argparse.Namespace) -> list[list[str]]:
     for shard in ["--quick"] if args.quick else args.shards or [*SHARDS]:
         command = ["bench.sweep", "run", shard, "--out", str(sweeps)]
         found.append(command + (["--cache-dir", args.cache_dir] if args.cache_dir else []))
+    model = out / "simulator-model.json"
+    if model.exists():  # fitted on this device
+        words = ["--model", str(model), "--out", str(out / "simulated-beyond.json")]
+        found.append(["bench.simulator.beyond", *words])
     found.append(["bench.report", str(sweeps), "--targets", str(out / "sweeps.json")])
     found.append(["bench.summary", str(out)])
     return found

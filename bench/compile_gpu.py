@@ -88,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
     parser.add_argument("--quantization", choices=("int8", "fp8"))
-    parser.add_argument("--kernels", choices=("xla", "triton", "mosaic"), help="default: the best")
+    parser.add_argument(
+        "--kernels", choices=("xla", "triton", "mosaic", "bmm"), help="default: the best"
+    )
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--num-pages", type=int, default=8000)
     parser.add_argument("--only", nargs="*", help="substrings of program names")

@@ -29,14 +29,12 @@ class EngineSpec:
     max_adapter_slots: int = 2048
     max_model_len: int = 1024
     pool_bytes: int | None = None  # None: all that is left
-    tensor_parallel_size: int = 1  # more than one are simulated
 
     @property
     def name(self) -> str:
         """For files and logs: what differs from the usual."""
         merged = "" if self.merged_rank is None else f"merged{self.merged_rank}"
-        devices = "" if self.tensor_parallel_size == 1 else f"tp{self.tensor_parallel_size}"
-        words = (self.geometry, self.kernels or "", merged, devices)
+        words = (self.geometry, self.kernels or "", merged)
         return "-".join(word for word in words if word)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.clock import MonotonicClock
 from bench.geometries import GEOMETRIES, write_geometry
-from bench.random_adapters import random_or_read_loader
+from bench.random_adapters import random_adapter_loader, random_path
 from bench.records import header
 from bench.replay import Replay
 from bench.settings import SETTINGS
@@ -56,10 +56,10 @@ def _run_of(words: list[str], args: argparse.Namespace, seed: int) -> tuple[str,
 def _build(
     args: argparse.Namespace, runs: list[tuple[str, str, Workload]], scratch: Path
 ) -> tuple[EngineCore, str]:
-    adapters = {}
+    adapters: dict[str, str] = {}
     for _, setting, workload in runs:
         for i, rank in enumerate(SETTINGS[setting].adapter_ranks(workload.num_adapters)):
-            adapters[_adapter_name(setting, i)] = f"random:{rank}:{setting}-{i}"
+            adapters.setdefault(_adapter_name(setting, i), random_path(rank, len(adapters)))
     most = max(workload.num_requests for _, _, workload in runs)
     config = EngineConfig(
         model=write_geometry(args.geometry, scratch / "model"),
@@ -73,7 +73,7 @@ def _build(
         pool_bytes=args.pool_bytes,
         compilation_cache_dir=args.cache_dir,
     )
-    core, info = build_core(config, lambda *_: None, make_loader=random_or_read_loader)
+    core, info = build_core(config, lambda *_: None, make_loader=random_adapter_loader)
     return core, info["device"]
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.report bench/results/nvidia-h200/sweeps
 
-reads every sweep file of the folder and writes report.md, report.html and plots/ beside them, and
-sweeps.json, the targets, for `bench.summary`. It says which points of the grid were not measured;
-nothing is filled in for them.
+reads every sweep file of the folder, and what `bench.simulator.beyond` left beside it, and writes
+report.md, report.html and plots/ there, and sweeps.json, the targets, for `bench.summary`. It says
+which points of the grid were not measured; nothing is filled in for them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,18 @@ import jinja2
 from bench import report_slo
 from bench.record import command, commit
 from bench.records import RecordError
+from bench.report_baselines import ablation, merged
 from bench.report_plots import draw
 from bench.report_rows import rows_of
-from bench.report_sections import (
-    Section,
-    ablation,
-    merged,
-    num_adapters,
-    table_3,
-    tensor_parallel,
-)
+from bench.report_sections import Section, num_adapters, ranks, table_3
+from bench.report_simulated import NAME, many_adapters, read_simulated, tensor_parallel
 from bench.report_targets import targets
 from bench.sweep import read_all, write_tidy
 
 SECTIONS = (
-    num_adapters, table_3, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
+    num_adapters, table_3, ranks, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
     report_slo.abort, report_slo.policies, report_slo.clusters, report_slo.fairness,
-    merged, tensor_parallel,
+    merged,
 )  # fmt: skip
 
 MARKDOWN = """\
@@ -104,16 +99,20 @@ requests over wall time, drain included. Prompts are random tokens; lengths are 
 """
 
 
-def make_report(folder: Path) -> dict[str, Any]:
+def make_report(folder: Path, simulated: Path | None = None) -> dict[str, Any]:
     """Write the report of a folder of sweep files; the result that `bench.summary` collects.
+
+    simulated: of `bench.simulator.beyond`; simulated-beyond.json beside the folder.
 
     Raises RecordError if a file cannot be read.
     """
     records = read_all(folder)
     rows = rows_of(records)
+    points = read_simulated(simulated or folder.parent / NAME)
+    made = [make(rows, records) for make in SECTIONS]
+    made += [many_adapters(points), tensor_parallel(points)]
     sections: list[tuple[Section, bool]] = []
-    for make in SECTIONS:
-        section = make(rows, records)
+    for section in made:
         has_plot = draw(section.panels, folder / "plots" / f"{section.figure}.png")
         sections.append((section, has_plot))
     origin = origin_of(records)
@@ -153,9 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="of sweep files")
     parser.add_argument("--targets", type=Path, help="where to write the targets; sweeps.json")
+    parser.add_argument("--simulated", type=Path, help=f"of bench.simulator.beyond; ../{NAME}")
     args = parser.parse_args()
     try:
-        result = make_report(args.folder)
+        result = make_report(args.folder, args.simulated)
     except (OSError, RecordError) as exc:
         raise SystemExit(f"bench.report: {exc}") from exc
     path = args.targets or args.folder / "sweeps.json"

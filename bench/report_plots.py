@@ -54,10 +54,10 @@ def draw(panels: Sequence[Panel], path: Path) -> bool:
     shown = [panel for panel in panels if not panel.is_empty]
     if not shown:
         return False
-    width = sum(7.5 if panel.bars else 5.2 for panel in shown)
+    widths = [_width(panel) for panel in shown]
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(width, 4.8), squeeze=False, layout="constrained",
-        width_ratios=[7.5 if panel.bars else 5.2 for panel in shown],
+        1, len(shown), figsize=(sum(widths), 4.8), squeeze=False, layout="constrained",
+        width_ratios=widths,
     )  # fmt: skip
     for panel, ax in zip(shown, axes[0], strict=True):
         _draw_one(panel, ax)
@@ -65,6 +65,12 @@ def draw(panels: Sequence[Panel], path: Path) -> bool:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def _width(panel: Panel) -> float:
+    """Inches: every bar needs room for its number."""
+    num_bars = sum(map(len, panel.bars.values()))
+    return max(5.2, 0.45 * num_bars + 1.5)
 
 
 def _draw_one(panel: Panel, ax: Axes) -> None:

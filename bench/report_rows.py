@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.shards import SHARDS, SIMULATED
+from bench.shards import SHARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,6 @@ class Row:
     @property
     def is_measured(self) -> bool:
         return self.record.get("summary") is not None
-
-    @property
-    def is_simulated(self) -> bool:
-        return bool(self.record.get("simulated"))
 
     @property
     def requests_per_s(self) -> float:
@@ -112,7 +108,7 @@ def missing(records: Iterable[dict[str, Any]], figure: str) -> list[str]:
     """Keys of the grid's points of a figure that no record has, and of those that failed."""
     done = {record["key"]: record for record in records}
     found = []
-    for points in (*SHARDS.values(), SIMULATED):
+    for points in SHARDS.values():
         for point in points:
             if point.figure == figure:
                 record = done.get(point.key)

@@ -86,7 +86,6 @@ class SweepEngine:
             max_num_seqs=spec.max_num_seqs, max_num_batched_tokens=spec.max_num_batched_tokens,
             max_rank=spec.max_rank, max_adapter_slots=spec.max_adapter_slots,
             max_model_len=spec.max_model_len, max_num_waiting=1 << 20, loader_processes=0,
-            tensor_parallel_size=spec.tensor_parallel_size,
             compilation_cache_dir=cache_dir,
         )  # fmt: skip
         core, self.info = build_core(

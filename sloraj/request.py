@@ -13,7 +13,7 @@ MAX_N = 16
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
-MAX_PRIORITY = 1000  # and as much below 0
+MAX_PRIORITY = 2**31 - 1  # and as much below 0: room for moments in seconds
 MAX_TENANT_NAME = 256
 
 

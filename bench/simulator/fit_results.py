@@ -203,8 +203,7 @@ def fit_results(directory: Path, step: str, fitted: Sequence[tuple[str, str]]) -
     late = {"late_bytes": 1 / BUS_BYTES_PER_S}
     return DeviceModel(
         device=Cost(late | device.coefficients), execute=execute, between=between,
-        bus_bytes_per_s=BUS_BYTES_PER_S,
-        bus_latency_s=BUS_LATENCY_S,
+        bus_bytes_per_s=BUS_BYTES_PER_S, bus_latency_s=BUS_LATENCY_S,
         origin={
             "geometry": engine.geometry, "device": first["device"], "commit": first["commit"],
             "command": command(), "runs": [step, *map(":".join, fitted)],

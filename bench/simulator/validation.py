@@ -17,7 +17,7 @@ from bench.slo import attainment, throughput
 from bench.summary import target
 from bench.trace import Request
 
-NUMBER = "5"  # of the targets of the reproduction of the paper
+NUMBER = "C5"  # of the targets of the reproduction of the paper
 THROUGHPUT_ERROR, FIRST_TOKEN_ERROR = 0.05, 0.10
 
 

@@ -104,6 +104,7 @@ class RankedOrder:
         return sequence
 
     def pass_over(self) -> bool:
+        # What is clustered and does not fit leaves the rest of the pass to whose turn it is.
         self._is_in_turn = self._is_out_of_turn
         return self._is_out_of_turn
 

@@ -17,11 +17,7 @@ MAX_IDLE_TENANTS = 65_536  # remembered without any request, because they are ab
 class Tenants:
     """Accounts by name. `ranking` holds the waiting sequences, under the accounts made here."""
 
-    def __init__(
-        self,
-        weights: tuple[tuple[str, float], ...],
-        ranking: Ranking,
-    ) -> None:
+    def __init__(self, weights: tuple[tuple[str, float], ...], ranking: Ranking) -> None:
         self._weights = dict(weights)
         self._ranking = ranking
         self._accounts: dict[str, Account] = {}

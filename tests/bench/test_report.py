@@ -16,7 +16,7 @@ from bench.report import SECTIONS, make_report
 from bench.report_plots import Line, Panel, draw
 from bench.report_rows import missing, pick, rows_of
 from bench.report_targets import targets
-from bench.shards import SHARDS, SIMULATED
+from bench.shards import SHARDS
 from bench.summary import collect
 from bench.sweep import base_of
 
@@ -69,8 +69,6 @@ def test_where_the_base_drained_otherwise_saturated_rates_are_compared() -> None
 
 def test_what_was_not_measured_is_named_and_what_failed_says_why() -> None:
     keys = {p.key for points in SHARDS.values() for p in points if p.figure == POINT.figure}
-    assert not {point.key for point in SIMULATED} & keys
-    assert set(missing([], "tensor-parallel")) <= {point.key for point in SIMULATED}
     assert set(missing([], POINT.figure)) == keys
     failed = _record(POINT, 1.0) | {"summary": None, "error": "too small"}
     assert f"{POINT.key}: too small" in missing([failed], POINT.figure)
@@ -105,10 +103,23 @@ def test_retention_is_judged_by_its_ceiling(per_s: float, met: bool) -> None:
     assert absolute["measured"] == pytest.approx(per_s / 40) and absolute["met"]
 
 
-def test_simulated_rows_meet_no_target() -> None:
-    records = [_record(base_of(POINT), 40.0), _record(POINT, 39.0, simulated=True)]
-    assert targets(rows_of(records)) == []
-    assert "(simulated)" in str(SECTIONS[0](rows_of(records), records).tables)
+def test_what_is_simulated_says_so_and_meets_no_target(tmp_path: Path) -> None:
+    path = tmp_path / "simulated-beyond.json"
+    points = [
+        {"setting": s, "gpus": n, "adapters": a, "kind": k, "requests_per_s": v}
+        for s, n, a, k, v in (
+            ("S2", 1, 0, "base", 30.0), ("S2", 1, 2000, "adapters", 27.0),
+            ("S6", 4, 10, "base", 20.0), ("S6", 4, 10, "adapters", 15.0),
+        )
+    ]  # fmt: skip
+    path.write_text(json.dumps({"points": points}))
+    (tmp_path / "sweeps").mkdir()
+    assert make_report(tmp_path / "sweeps")["targets"] == []
+    page = (tmp_path / "sweeps" / "report.md").read_text()
+    assert "| S2 | 1 | 2000 | adapters | 27.00 | 90.0 % |" in page
+    assert "| S6 | 4 | 10 | adapters | 15.00 | 75.0 % |" in page
+    assert page.count("## SIMULATED") == 2
+    assert (tmp_path / "sweeps" / "plots" / "simulated-adapters.png").exists()
 
 
 def test_unified_paging_is_judged_against_the_better_split() -> None:

@@ -115,7 +115,10 @@ def test_without_a_base_every_row_gets_the_product_alone_and_base_rows_zeros(
     apart = np.asarray(run(None, v, *adapters))
     assert apart.dtype == np.float32
     nothing = np.zeros(base.shape, np.float32)
-    assert_close(apart, case.expanded(nothing, v, modules, sizes, 0))
+    read = (
+        v.astype(jnp.bfloat16) if implementation == "bmm" else v
+    )  # it rounds v to the pool's type
+    assert_close(apart, case.expanded(nothing, read.astype(np.float32), modules, sizes, 0))
     assert not apart[case.row_slots == 0].any()
     in_place = np.asarray(run(base, v, *adapters))
     added = jax.jit(add_lora)(base, apart)  # elsewhere, and yet the same bits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import re
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,7 +12,9 @@ from starlette.testclient import TestClient
 from serving.app import create_app
 from serving.config import ServerConfig
 from serving.metrics import MAX_ADAPTER_LABELS
+from sloraj.policies.settings import QueueConfig
 from tests.serving.fake_engine import FakeEngine
+from tests.sloraj.core_driver import CoreDriver
 
 
 def scrape(client: TestClient) -> dict[str, float]:
@@ -97,3 +101,21 @@ def test_names_of_clients_making_do_not_become_series(
 def test_the_scrape_answers_when_the_engine_is_dead(client: TestClient, engine: FakeEngine) -> None:
     engine.die("gone")
     assert scrape(client)['sloraj:engine_state{state="dead"}'] == 1
+
+
+def test_the_queue_has_the_same_series_however_many_tenants(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for num_tenants in (1, 300):
+        driver = CoreDriver(queue=QueueConfig(queue_order="vtc", cluster_adapters=2))
+        for number in range(num_tenants):
+            driver.generate([1], tenant=f"tenant {number}")
+        driver.step()
+        stats: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        stats.set_result(driver.core.stats())
+        monkeypatch.setattr(engine, "stats", lambda stats=stats: stats)
+        series = scrape(client)
+        assert series["sloraj:engine_queue_tenants"] == num_tenants
+        names.append({name for name in series if name.startswith("sloraj:engine_queue_")})
+    assert names[0] == names[1] and len(names[0]) == 8

@@ -31,7 +31,7 @@ def post(
         ("adapter", {"priority": -3, "user": "me"}, {"x-sloraj-tenant": "team"}, (-3, None)),
         ("user", {"user": "me", "priority": None}, {"x-sloraj-tenant": "team"}, (0, "me")),
         ("user", {}, {"x-sloraj-tenant": "team"}, (0, None)),
-        ("header", {"user": "me", "priority": 1000}, {"x-sloraj-tenant": "team"}, (1000, "team")),
+        ("header", {"priority": 2**31 - 1}, {"x-sloraj-tenant": "team"}, (2**31 - 1, "team")),
         ("header", {"user": "me"}, {}, (0, None)),
     ],
 )

@@ -337,8 +337,8 @@ def test_the_loop_blocks_while_idle_beats_and_ends_on_shutdown() -> None:
     ("standing", "order", "param"),
     [
         ({"priority": 1}, "fcfs", "priority"),
-        ({"priority": 1001}, "priority", "priority"),
-        ({"priority": -1001}, "vtc", "priority"),
+        ({"priority": 2**31}, "priority", "priority"),
+        ({"priority": -(2**31)}, "vtc", "priority"),
         ({"tenant": ""}, "vtc", "tenant"),
         ({"tenant": "x" * 257}, "vtc", "tenant"),
     ],

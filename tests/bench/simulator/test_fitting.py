@@ -146,7 +146,7 @@ def test_fit_and_validate_as_commands(
     validate_command.main()
     assert "| b |" in capsys.readouterr().out
     entries = json.loads(out.read_text())["targets"]
-    assert [(entry["number"], entry["met"]) for entry in entries] == [("5", True)] * 2
+    assert [(entry["number"], entry["met"]) for entry in entries] == [("C5", True)] * 2
     monkeypatch.setattr("sys.argv", [*common, str(first)])
     with pytest.raises(SystemExit, match="fitted on"):
         validate_command.main()
