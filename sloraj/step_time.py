@@ -47,6 +47,11 @@ class StepFeatures(NamedTuple):
 PRIOR_CONSTANT_S = 4.3e-3
 PRIOR_S = StepFeatures(5e-6, 1.4e-7, 1e-6, 2e-5, 3e-10, 3e-13, 5e-5, 4e-11, 1e-12)  # type: ignore[arg-type]
 
+NOTHING = StepFeatures(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+# Of steps that only decode, and of others, once `NUM_EAGER` steps are learnt.
+LEARN_DECODE_EVERY, LEARN_MIXED_EVERY = 32, 8
+NUM_EAGER = 100
 NUM_FIRST = 9  # steps whose median scales the priors before anything is fitted
 PRIOR_SD = 3.0  # of a cost, in units of its prior
 NOISE = 0.05  # of a measured step, relative
@@ -127,8 +132,6 @@ class StepTimeModel:
             return
         regressors = self._regressors(features)
         self.num_observed += 1
-        weight = max(0.05, 1 / self.num_observed)
-        self.mean_step_s += weight * (min(seconds, 10 * self.mean_step_s) - self.mean_step_s)
         if self.num_observed < NUM_FIRST:
             self._first.append((regressors, seconds))
             self._scale_priors()
@@ -138,6 +141,10 @@ class StepTimeModel:
                 self._learn(*earlier)
             self._first.clear()
         self._learn(regressors, seconds)
+
+    def pace(self, seconds: float) -> None:
+        """Note how long a step took, whatever was in it."""
+        self.mean_step_s += 0.05 * (min(seconds, 10 * self.mean_step_s) - self.mean_step_s)
 
     def _regressors(self, features: StepFeatures) -> np.ndarray:
         """f64 [1 + features], the constant first: seconds by the priors."""
@@ -183,16 +190,22 @@ class StepTimeModel:
             self._costs[place] = costs[place]
 
 
-class EnqueuedStep(NamedTuple):
-    features: StepFeatures
-    enqueued_s: float
+class _Step:
+    """An enqueued step; what is in it is looked up when somebody asks."""
+
+    def __init__(self, batch: ScheduledBatch, num_sent: int, enqueued_s: float) -> None:
+        self.batch = batch
+        self.num_sent = num_sent
+        self.enqueued_s = enqueued_s
+        self.features: StepFeatures | None = None
 
 
 class StepTimes:
     """Measures the engine's steps, of which the next is enqueued before the last one is read.
 
     A step runs from the moment it is enqueued, or from the end of the one before if that is later,
-    to the moment its tokens are read. So time without work is in no step.
+    to the moment its tokens are read. So time without work is in no step. The model learns from
+    some: they are many and alike, and learning takes the step thread's time.
     """
 
     def __init__(
@@ -202,38 +215,54 @@ class StepTimes:
         token_buckets: Sequence[int],
     ) -> None:
         self.model = StepTimeModel()
-        self.last = StepFeatures(0, 0, 0, 0, 0, 0, 0, 0, 0)  # of the step enqueued last
         self._clock = clock
         self._adapter_bytes = adapter_bytes
         self._token_buckets = token_buckets
-        self._num_sent = 0
-        self._unread: deque[EnqueuedStep] = deque()
+        self._last: _Step | None = None
+        self._num_unlearnt = 0  # steps since the last one that the model learnt from
+        self._unread: deque[_Step] = deque()
         self._read_s = -math.inf  # when the last step's tokens were read
-        self._ends_s = -math.inf  # when what is enqueued will have ended
+
+    @property
+    def last(self) -> StepFeatures:
+        """Of the step that was enqueued last."""
+        return NOTHING if self._last is None else self._features(self._last)
+
+    def _features(self, step: _Step) -> StepFeatures:
+        if step.features is None:
+            step.features = features_of(
+                step.batch, self._adapter_bytes, self._token_buckets, num_sent=step.num_sent
+            )
+        return step.features
 
     def enqueue(self, batch: ScheduledBatch) -> None:
         """Call before a step is enqueued."""
-        features = features_of(
-            batch, self._adapter_bytes, self._token_buckets, num_sent=self._num_sent
-        )
-        self._num_sent = len(batch.sends)
-        self.last = features
-        now_s = self._clock()
-        self._unread.append(EnqueuedStep(features, now_s))
-        self._ends_s = max(self._ends_s, now_s) + self.model.predict(features)
+        num_sent = 0 if self._last is None else len(self._last.batch.sends)
+        self._last = _Step(batch, num_sent, self._clock())
+        self._unread.append(self._last)
 
     def read(self) -> None:
         """Call when the tokens of the oldest unread step have been read."""
         step = self._unread.popleft()
         started_s, self._read_s = max(step.enqueued_s, self._read_s), self._clock()
-        self.model.observe(step.features, self._read_s - started_s)
-        self._ends_s = self._read_s + sum([self.model.predict(s.features) for s in self._unread])
+        seconds = self._read_s - started_s
+        self.model.pace(seconds)
+        self._num_unlearnt += 1
+        is_decode = step.batch.rows[-1].num_tokens == 1
+        every = LEARN_DECODE_EVERY if is_decode else LEARN_MIXED_EVERY
+        if self._num_unlearnt >= every or self.model.num_observed <= NUM_EAGER:
+            self._num_unlearnt = 0
+            self.model.observe(self._features(step), seconds)
 
     def busy_s(self, now_s: float) -> float:
         """Predicted seconds until all that is enqueued has ended."""
-        return max(self._ends_s - now_s, 0.0)
+        if not self._unread:
+            return 0.0
+        started_s = max(self._unread[0].enqueued_s, self._read_s)
+        taken_s = sum([self.model.predict(self._features(step)) for step in self._unread])
+        return max(started_s + taken_s - now_s, 0.0)
 
     def stats(self) -> dict[str, float]:
         """Seconds of a step of late, and the median relative error of the predictions."""
         model = self.model
-        return {"mean_s": model.mean_step_s, "error": model.spread, "steps": model.num_observed}
+        return {"mean_s": model.mean_step_s, "error": model.spread, "learnt": model.num_observed}

@@ -20,7 +20,7 @@ from sloraj.step_time import StepTimes
 
 # That early abort looks at, those whose turn comes first. Walking the other orders is slower.
 MAX_SEQUENCES, MAX_RANKED_SEQUENCES = 512, 128
-MAX_WALK_SHARE = 0.003  # of the time, for walking the queue in order
+MAX_WALK_SHARE = 0.002  # of the time, for walking the queue in order
 
 
 class Foresight:

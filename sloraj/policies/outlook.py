@@ -21,7 +21,7 @@ from sloraj.step_time import StepTimes
 from sloraj.token_budget import WEIGHT_BOUND_TOKENS
 
 MAX_PLAYED = 128  # of them, those whose admissions are played through
-MAX_SHARE = 0.005  # of the time that looking may take
+MAX_SHARE = 0.003  # of the time that looking may take
 LENGTH_RATE = 0.05  # how fast the mean share of `max_output_tokens` moves
 
 

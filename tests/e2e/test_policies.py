@@ -47,4 +47,4 @@ def test_a_crowd_is_answered_as_each_alone_or_told_to_come_back(settings: dict[s
     assert counts["requests"] == len(tasks) and counts["aborted"] == len(refused)
     assert stats["num_requests"] == stats["num_leases"] == stats["num_waiting"] == 0
     assert stats["num_pages_free"] + stats["num_pages_adapters"] == stats["num_pages"]
-    assert stats["step"]["steps"] > 0 and stats["step"]["mean_s"] > 0
+    assert stats["step"]["learnt"] > 0 and stats["step"]["mean_s"] > 0

@@ -360,6 +360,6 @@ def test_without_a_tenant_the_adapter_is_the_tenant() -> None:
     for adapter_id, tenant in ((None, None), ("a", None), ("a", "team"), (None, "team")):
         driver.generate([1], adapter_id, tenant=tenant)
     driver.step()
-    tenants = [s.tenant for r in driver.core._requests.values() for s in r.sequences]
+    tenants = [s.tenant for r in driver.core._requests for s in r.sequences]
     assert tenants == ["", "a", "team", "team"]
     assert driver.core.stats()["queue"]["tenants"] == 3

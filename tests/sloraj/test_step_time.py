@@ -227,3 +227,24 @@ def test_what_is_enqueued_keeps_the_device_busy_for_the_sum_of_its_predictions()
     assert times.busy_s(now_s) == 0
     times.read()
     assert 0 < times.busy_s(now_s) == pytest.approx(times.model.predict(times.last))
+
+
+def test_at_first_every_step_is_learnt_and_then_some_of_those_with_prefill_most() -> None:
+    now_s = 0.0
+    times = StepTimes(lambda: now_s, {0: 0}.__getitem__, ())
+    decode, mixed = ScheduledBatch(1, (row(3, 1, 0),)), ScheduledBatch(1, (row(0, 9, 0),))
+
+    def learnt(batch: ScheduledBatch, num: int) -> int:
+        nonlocal now_s
+        before = times.model.num_observed
+        for _ in range(num):
+            times.enqueue(batch)
+            now_s += 0.01
+            times.read()
+        return times.model.num_observed - before
+
+    assert learnt(decode, 50) == 50  # at first every step
+    learnt(decode, 100)
+    assert learnt(mixed, 80) == 10
+    assert learnt(decode, 320) == 10
+    assert times.model.mean_step_s == pytest.approx(0.01, rel=0.01)
