@@ -20,15 +20,16 @@ import jinja2
 from bench import report_slo
 from bench.record import command, commit
 from bench.records import RecordError
+from bench.report_baselines import ablation, merged
 from bench.report_plots import draw
 from bench.report_rows import rows_of
-from bench.report_sections import Section, ablation, merged, num_adapters, table_3
+from bench.report_sections import Section, num_adapters, ranks, table_3
 from bench.report_simulated import NAME, many_adapters, read_simulated, tensor_parallel
 from bench.report_targets import targets
 from bench.sweep import read_all, write_tidy
 
 SECTIONS = (
-    num_adapters, table_3, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
+    num_adapters, table_3, ranks, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
     report_slo.abort, report_slo.policies, report_slo.clusters, report_slo.fairness,
     merged,
 )  # fmt: skip

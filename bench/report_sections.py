@@ -9,6 +9,7 @@ from typing import Any
 from bench import paper
 from bench.report_plots import Line, Panel
 from bench.report_rows import Row, missing, pick
+from bench.settings import SETTINGS
 
 NOTHING = ""
 
@@ -171,6 +172,49 @@ def num_adapters(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Sect
     )  # fmt: skip
 
 
+def ranks(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
+    found = sorted(pick(rows, "ranks"), key=lambda row: rank_of(row))
+    lines = [
+        Line(
+            name=name, style=style,
+            points={
+                rank_of(r): 100 * getattr(r, what)
+                for r in found
+                if getattr(r, what) is not None
+            },
+        )
+        for name, what, style in (("here", "retention", "ours"), ("ceiling", "ceiling", "limit"))
+    ]  # fmt: skip
+    return Section(
+        figure="ranks",
+        title="Throughput by rank",
+        text="Llama-7B, 200 adapters of one rank on q, k, v and o, full pool, saturated.",
+        panels=[
+            Panel(
+                title="200 adapters of one rank", x_label="rank", y_label="% of the base",
+                lines=lines, is_log_x=True, y_max=105,
+            )
+        ],
+        tables=[
+            Table(
+                header=("rank", "requests/s", "of base", "ceiling", "in a decode step"),
+                rows=[
+                    [str(rank_of(row)), number(row.requests_per_s), percent(row.retention),
+                     percent(row.ceiling), number(row.record["steps"]["decode_adapters"], 1)]
+                    for row in found
+                ],
+            )
+        ],
+        missing=missing(records, "ranks"),
+    )  # fmt: skip
+
+
+def rank_of(row: Row) -> int:
+    """Of the adapters, where all have one."""
+    (rank,) = SETTINGS[row.setting].ranks
+    return rank
+
+
 def _retention_row(row: Row) -> list[str]:
     kept, ceiling = row.retention, row.ceiling
     return [
@@ -181,91 +225,3 @@ def _retention_row(row: Row) -> list[str]:
         str(row.record["counters"]["adapter_installs"]),
         number(row.record["summary"]["wall_s"], 1),
     ]  # fmt: skip
-
-
-def ablation(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
-    found = pick(rows, "ablation")
-    ours: dict[str, dict[str, float]] = {}
-    for row in found:
-        group = f"{row.setting}, n = {row.num_adapters}\n{row.pool}"
-        if row.retention is not None:
-            ours.setdefault(group, {})[row.system] = row.retention
-    papers = {
-        f"{setting}, n = {count}\n{gpu}": {
-            name: value / values.get("base", rate)
-            for name, value in values.items()
-            if name != "base"
-        }
-        for (gpu, setting, count, rate), values in paper.ABLATION.items()
-    }
-    return Section(
-        figure="ablation",
-        title="Unified paging, exact ranks and kernels: one replaced at a time",
-        text=(
-            "On pools as the paper's GPUs had. no-unify-mem: half (or a quarter) of the pool for "
-            "adapters alone, the rest for KV cache alone. padded ranks: every adapter stored and "
-            "computed at rank 64. bmm: adapters gathered, padded and multiplied in one batch. "
-            "The paper's bars are over its base, or over the offered rate where it gave no base."
-        ),
-        panels=[
-            Panel(
-                title="Here: of the base on the same pool", x_label="", y_label="share of base",
-                bars=ours,
-            ),
-            Panel(
-                title="The paper", x_label="", y_label="share of base (or of offered)", bars=papers
-            ),
-        ],
-        tables=[
-            Table(
-                header=("setting", "adapters", "pool", "system", "requests/s", "of base",
-                        "ceiling", "installs", "evictions", "preemptions"),
-                rows=[
-                    [
-                        row.setting, str(row.num_adapters), row.pool, row.system,
-                        f"{row.requests_per_s:.2f}", percent(row.retention),
-                        percent(row.ceiling),
-                        *(str(row.record["counters"].get(name, NOTHING)) for name in
-                          ("adapter_installs", "adapter_evictions", "preemptions")),
-                    ]
-                    for row in found
-                ],
-            )
-        ],
-        missing=missing(records, "ablation"),
-    )  # fmt: skip
-
-
-def merged(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
-    found = pick(rows, "merged")
-    names = {"sloraj": "on the fly"}
-    ours = {names.get(row.system, row.system): row.requests_per_s for row in found}
-    return Section(
-        figure="merged",
-        title="A single adapter: merged into the weights, or computed on the fly",
-        text=(
-            "Merged weights cost nothing and serve one adapter alone. The paper (A10G): "
-            f"{paper.MERGED['merged']} merged, {paper.MERGED['on the fly']} on the fly, in "
-            f"requests/s: {percent(paper.MERGED['on the fly'] / paper.MERGED['merged'])}."
-        ),
-        panels=[
-            Panel(
-                title="A single adapter", x_label="", y_label="of merged throughput",
-                bars={
-                    where: {name: value / values["merged"] for name, value in values.items()}
-                    for where, values in (("here, full pool", ours), ("paper, A10G", paper.MERGED))
-                    if "merged" in values
-                },
-            )
-        ],
-        tables=[
-            Table(
-                header=("system", "requests/s", "of base"),
-                rows=[
-                    [row.system, f"{row.requests_per_s:.2f}", percent(row.retention)]
-                    for row in found
-                ],
-            )
-        ],
-        missing=missing(records, "merged"),
-    )  # fmt: skip

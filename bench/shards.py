@@ -56,7 +56,7 @@ def ablation(gb: int, setting: str, count: int, systems: tuple[str, ...]) -> lis
 
 def bmm(gb: int, setting: str, counts: tuple[int, ...]) -> list[Point]:
     """The paper's batched products; few requests, for it is slow."""
-    engine = dataclasses.replace(B7, kernels="bmm", pool_bytes=int(gb * 1e9) - 16_000_000_000)
+    engine = dataclasses.replace(B7, kernels="bmm", pool_bytes=int(gb * 1e9) - 14_000_000_000)
     base: dict[str, Any] = {
         "figure": "ablation", "engine": engine, "setting": setting, "system": "bmm",
         "pool_gb": float(gb), "num_requests": 128, "give_up_s": 60.0,
@@ -114,7 +114,9 @@ SHARDS: dict[str, list[Point]] = {
         *ablation(24, "S2", 200, ("no-unify-mem, a quarter", "padded ranks")),
         *ablation(40, "S2", 200, ("padded ranks",)),
     ],
-    "abort": loads("abort", ABORTS, points=[{"load": load} for load in (0.9, 1.3)]),
+    "abort": loads(
+        "abort", ABORTS, duration_s=30.0, points=[{"load": load} for load in (0.9, 1.3)]
+    ),
     "policies": loads("policies", POLICIES, points=[{"load": 0.5, "alpha": 0.6}]),
     "fairness": loads(
         "fairness", FAIRNESS, num_adapters=20, points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}]
@@ -153,7 +155,14 @@ SHARDS: dict[str, list[Point]] = {
         "clusters", CLUSTERS, num_adapters=32, pool_gb=40.0, duration_s=30.0,
         points=[{"load": 0.9, "alpha": alpha} for alpha in (0.1, 1.0)],
     ),
-    "abort-more": loads("abort", ABORTS, points=[{"load": load} for load in (1.1, 1.5)]),
+    "abort-more": loads(
+        "abort", ABORTS, duration_s=30.0, points=[{"load": load} for load in (1.1, 1.5)]
+    ),
+    "ranks": [
+        point
+        for name in ("S1", "S3", "S5", "S7")  # of ranks 8, 16, 32, 64
+        for point in retention(B7, name, (200,), figure="ranks")
+    ],
 }  # fmt: skip
 """In order of value: the first ones say most."""
 

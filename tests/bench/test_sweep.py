@@ -11,15 +11,18 @@ import pytest
 
 from bench import sweep
 from bench.columns import from_columns, to_columns
+from bench.geometries import write_geometry
 from bench.measures import measures, point_trace, steady
 from bench.point_run import run_point
 from bench.points import Point
 from bench.records import RecordError, read_records
 from bench.report import make_report
+from bench.settings import KV_BUDGETS
 from bench.shards import QUICK, SHARDS, TINY
 from bench.slo import summarise
 from bench.sweep import ShardRun, base_name, base_of, with_bases
 from bench.sweep_engine import SweepEngine, capped_pool_bytes, with_policies
+from checkpoints.hf_config import read_model_config
 from tests.bench.outcomes import outcome
 
 ALL = [point for points in (*SHARDS.values(), QUICK) for point in points]
@@ -131,10 +134,6 @@ def test_policies_are_fields_that_the_scheduler_sees(engine: SweepEngine) -> Non
 
 def test_a_cap_leaves_what_the_papers_gpus_had(tmp_path: Path) -> None:
     """The paper's own pools, in tokens of KV cache, within a tenth."""
-    from bench.geometries import write_geometry
-    from bench.settings import KV_BUDGETS
-    from checkpoints.hf_config import read_model_config
-
     for setting, geometry, gpu, gb in (
         ("S2", "llama-7b", "A10G", 24), ("S2", "llama-7b", "A100-80GB", 80),
         ("S4", "llama-13b", "A100-40GB", 40), ("S4", "llama-13b", "A100-80GB", 80),
@@ -145,6 +144,14 @@ def test_a_cap_leaves_what_the_papers_gpus_had(tmp_path: Path) -> None:
         assert tokens == pytest.approx(KV_BUDGETS[gpu, setting], rel=0.1), (setting, gpu)
     with pytest.raises(ValueError, match="allowed: less than the total"):
         capped_pool_bytes(config, 20)
+
+
+def test_an_engine_with_a_pool_of_its_own_holds_that_of_its_points(tmp_path: Path) -> None:
+    for point in ALL:
+        if point.engine.pool_bytes is not None and point.pool_gb is not None:
+            geometry = point.engine.geometry
+            config = read_model_config(write_geometry(geometry, tmp_path / geometry))
+            assert capped_pool_bytes(config, point.pool_gb) <= point.engine.pool_bytes
 
 
 def test_columns_give_back_the_outcomes() -> None:
