@@ -170,21 +170,18 @@ def _expand_row(
         _find_rows, adapters, block, block.first_chunk, num_rows=config.row_ranks
     )
 
-    def add_ranks(step: jax.Array, carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
-        delta, rows = carry
-        following = find(step + 1)  # on its way while these rows are
+    def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
         rank = step * config.row_ranks + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < block.segment.rank
         is_real = is_rank[:, None]
         if not exact:
             is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
-        b = read_rows(adapters, rows, index, is_real)
+        b = read_rows(adapters, find(step), index, is_real)
         v = _load_v(v_ref, jnp.full_like(rank, row), jnp.bool_(True), block, rank)
-        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0), following
+        return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
     num_steps = pl.cdiv(block.segment.rank, config.row_ranks)
-    nothing = jnp.zeros(shape, jnp.float32)
-    delta, _ = jax.lax.fori_loop(0, num_steps, add_ranks, (nothing, find(jnp.int32(0))))
+    delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
     if base is not None:
         delta = (base.astype(jnp.float32) + delta).astype(base.dtype)
     pltriton.store(y_ref.at[where], delta, mask=is_column)

@@ -19,7 +19,6 @@ from pallas_kernels.triton_blocks import (
     NUM_TILE_PROGRAMS,
     AdapterArrays,
     Ref,
-    Rows,
     Segment,
     dot_f32,
     find_rows,
@@ -161,12 +160,15 @@ def _shrink_row(
     row_chunks, block_chunks = chunks_per_row(width), x_blocks[0].shape[0]
     starts = range(0, row_chunks, block_chunks)
 
-    def find(step: jax.Array) -> list[Rows]:
-        """The step's rows of A, a block after the other."""
+    def shrink_ranks(step: jax.Array, _: jax.Array) -> jax.Array:
         first_rank = share.first + step * config.row_ranks
+        rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
+        is_rank = rank < share.stop
         first_chunk = share.segment.a_chunk + first_rank * row_chunks
-        return [
-            find_rows(
+        index = jnp.arange(block_chunks, dtype=jnp.int32)
+        product = None
+        for start, x in zip(starts, x_blocks, strict=True):
+            rows = find_rows(
                 adapters,
                 share.segment.slot,
                 first_chunk + start,
@@ -174,17 +176,6 @@ def _shrink_row(
                 num_rows=config.row_ranks,
                 max_row_chunks=row_chunks,
             )
-            for start in starts
-        ]
-
-    def shrink_ranks(step: jax.Array, blocks: list[Rows]) -> list[Rows]:
-        following = find(step + 1)  # on its way while these rows are
-        first_rank = share.first + step * config.row_ranks
-        rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
-        is_rank = rank < share.stop
-        index = jnp.arange(block_chunks, dtype=jnp.int32)
-        product = None
-        for start, x, rows in zip(starts, x_blocks, blocks, strict=True):
             is_real = is_rank[:, None]
             if start + block_chunks > row_chunks:
                 is_real = is_real & (index < row_chunks - start)[None, :]
@@ -195,10 +186,10 @@ def _shrink_row(
         shrunk = jnp.sum(product.reshape(config.row_ranks, block_chunks * CHUNK), axis=1)
         out = v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, share.place), rank]
         pltriton.store(out, shrunk, mask=is_rank)
-        return following
+        return _
 
     num_steps = pl.cdiv(share.stop - share.first, config.row_ranks)
-    jax.lax.fori_loop(0, num_steps, shrink_ranks, find(jnp.int32(0)))
+    jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
 
 
 def _shrink_tile(

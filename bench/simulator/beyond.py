@@ -24,23 +24,19 @@ from bench.record import command, commit, record
 from bench.settings import LENGTHS, SETTINGS
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.engine import EngineDescription
-from bench.simulator.geometry import describe_geometry, model_config, weight_bytes
+from bench.simulator.geometry import describe_geometry, device_pool_bytes, model_config
 from bench.simulator.saturation import saturated_rate
 from bench.simulator.scaling import Link, scaled
 
-GPU_BYTES = 138.1e9  # what the allocator of an H200 gives
-WORKSPACE_BYTES = 6e9  # of programs and margin; grows with the model, which this leaves out
 PARALLEL = [("S5", 2), ("S5", 4), ("S7", 2), ("S7", 4), ("S6", 2), ("S6", 4), ("S6", 8)]
-KINDS = (("adapters without collectives", False), ("adapters", True))
 COUNTS = {"one GPU": (0, 200, 1000, 2000), "parallel": (10, 100)}
 
 
 def engine_of(setting: str, tp: int, max_num_seqs: int, num_adapters: int) -> EngineDescription:
     """The engine on `tp` GPUs, its pool what the weights leave."""
     name = SETTINGS[setting].geometry
-    weights = weight_bytes(model_config(name)) / tp
     return describe_geometry(
-        name, pool_bytes=GPU_BYTES - weights - WORKSPACE_BYTES, max_num_seqs=max_num_seqs,
+        name, pool_bytes=device_pool_bytes(name, tp), max_num_seqs=max_num_seqs,
         max_model_len=2 * LENGTHS[1], max_rank=max(SETTINGS[setting].ranks), tp=tp,
         max_adapter_slots=max(num_adapters, 1),
     )  # fmt: skip
@@ -59,11 +55,19 @@ def points(model: DeviceModel, args: argparse.Namespace) -> Iterator[dict[str, A
             "S2", engine, model, num_adapters, args, "adapters" if num_adapters else "base"
         )
     for setting, tp in PARALLEL:
-        for num_adapters in (0, *COUNTS["parallel"]):
+        base: dict[str, Any] = {}
+        for num_adapters in COUNTS["parallel"]:
             engine = engine_of(setting, tp, args.max_num_seqs, num_adapters)
-            for kind, has_collectives in KINDS if num_adapters else (("base", True),):
+            for kind, count, has_collectives in (
+                ("base", 0, True), ("adapters without collectives", num_adapters, False),
+                ("adapters", num_adapters, True),
+            ):  # fmt: skip
                 own = scaled(model, source, engine, link, has_lora_collectives=has_collectives)
-                yield _point(setting, engine, own, num_adapters, args, kind)
+                if kind != "base":
+                    yield _point(setting, engine, own, count, args, kind)
+                    continue
+                base = base or _point(setting, engine, own, count, args, kind)
+                yield base | {"adapters": num_adapters}  # beside which it stands in the figure
 
 
 def _point(

@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from bench.geometries import GEOMETRIES, write_geometry
+from bench.geometries import write_geometry
 from bench.simulator.engine import EngineDescription
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig
@@ -21,26 +21,12 @@ from sloraj.runner.memory import ITEMSIZE
 
 INSTALL_BYTES_PER_STEP = 256 << 20
 BLOCK_Q = 128  # of the GPU's ragged attention
-
-# Bases that no benchmark starts on one GPU: they are simulated alone.
-LARGE: dict[str, ModelConfig] = {
-    name: ModelConfig(
-        architecture="LlamaForCausalLM", vocab_size=32000, hidden_size=hidden,
-        intermediate_size=mlp, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=128, max_position_embeddings=4096, bos_token_id=1, eos_token_ids=(2,),
-    )
-    for name, hidden, mlp, layers, heads, kv_heads in (
-        ("llama-13b", 5120, 13824, 40, 40, 40),
-        ("llama-30b", 6656, 17920, 60, 52, 52),
-        ("llama-70b", 8192, 28672, 80, 64, 8),
-    )
-}  # fmt: skip
+GPU_BYTES = 138.1e9  # what the allocator of an H200 gives
+WORKSPACE_BYTES = 6e9  # of programs and margin; grows with the model, which this leaves out
 
 
 def model_config(geometry: str) -> ModelConfig:
-    """Raises KeyError if there is no such geometry."""
-    if geometry not in GEOMETRIES:
-        return LARGE[geometry]
+    """Of a name in `bench.geometries`; raises KeyError if there is none."""
     with tempfile.TemporaryDirectory() as directory:
         return read_model_config(write_geometry(geometry, Path(directory)))
 
@@ -52,6 +38,11 @@ def weight_bytes(model: ModelConfig, itemsize: int = 2) -> int:
     layers = model.num_layers * sum(a * b for a, b in shapes)
     ends = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     return (layers + ends) * itemsize
+
+
+def device_pool_bytes(geometry: str, tp: int = 1) -> float:
+    """What the weights leave of each of `tp` GPUs."""
+    return GPU_BYTES - weight_bytes(model_config(geometry)) / tp - WORKSPACE_BYTES
 
 
 def describe_geometry(
