@@ -192,6 +192,10 @@ QUICK: list[Point] = [
         _QUICK | {"num_adapters": 8, "duration_s": 1.0},
         *({"figure": "rate", "load": load} for load in (0.5, 1.2)),
         {"figure": "alpha", "load": 0.8, "alpha": 0.1},
+        *(
+            {"figure": "abort", "load": 1.3, "system": name} | ABORTS[name]
+            for name in ("sloraj", "the paper's")
+        ),
         {"figure": "cv", "load": 0.8, "cv": 4.0},
         *({"figure": "clusters", "load": 0.8, "system": "d = 2"} | CLUSTERS["d = 2"],),
         *(
