@@ -88,7 +88,16 @@ def test_every_flag_mentioned_exists() -> None:
 
 def test_makes_own_flags_are_those_of_serve() -> None:
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / "Makefile").read_text()))
-    assert used - {"--check", "--fix", "--no-cache"} <= all_flags()
+    assert used - {"--check", "--fix", "--no-cache", "--quick"} <= all_flags()
+
+
+def test_every_call_of_make_bench_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = (README, (ROOT / "docs" / "performance.md").read_text())
+    given = [words for text in texts for words in re.findall(r'ARGS="?(--quick|[^"`]*-7b)', text)]
+    assert len(given) >= 2
+    for words in given:
+        monkeypatch.setattr(sys, "argv", ["bench", *words.split()])
+        importlib.import_module("bench.__main__")._parse()
 
 
 def same_default(written: str, field: dataclasses.Field[Any]) -> bool:
