@@ -92,7 +92,7 @@ def test_makes_own_flags_are_those_of_serve() -> None:
 
 
 def test_every_call_of_make_bench_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = (README, (ROOT / "docs" / "performance.md").read_text())
+    texts = (README, (ROOT / "docs" / "evaluation.md").read_text())
     given = [words for text in texts for words in re.findall(r'ARGS="?(--quick|[^"`]*-7b)', text)]
     assert len(given) >= 2
     for words in given:
