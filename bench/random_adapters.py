@@ -19,8 +19,8 @@ import numpy as np
 from bench.settings import MODULES
 from checkpoints.model_config import ModelConfig
 from sloraj.adapters.layout import Allocate, pack_adapter
+from sloraj.adapters.reader import adapter_loader
 from sloraj.batch import PackedAdapter
-from sloraj.build import adapter_loader
 from sloraj.config import EngineConfig, PoolLayout, resolve
 
 WORDS = 32  # of 64 bits, whose signs are drawn; they repeat along a page, not from page to page

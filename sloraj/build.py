@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints.hf_config import read_generation_defaults, read_model_config
@@ -26,12 +25,11 @@ from checkpoints.orbax_store import is_converted
 from checkpoints.peft_adapter import read_adapter
 from pallas_kernels.dispatch import KernelShape, resolve_kernels
 from sloraj import convert
-from sloraj.adapters.layout import Allocate, max_adapter_pages, pack_adapter
+from sloraj.adapters.layout import Allocate, max_adapter_pages
 from sloraj.adapters.load_processes import LoaderProcesses
-from sloraj.adapters.load_worker import LoadSpec
-from sloraj.adapters.loader import NUM_THREADS, LoadFunction, loader_threads, short_turns
+from sloraj.adapters.loader import NUM_THREADS, LoadFunction, loader_threads
+from sloraj.adapters.reader import adapter_loader
 from sloraj.adapters.sources import DEFAULT_MAX_RANK, MAX_RANK, find_adapters, largest_rank
-from sloraj.batch import PackedAdapter
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig, div_ceil, resolve
 from sloraj.core import EngineCore
 from sloraj.environment import prepare_jax
@@ -48,7 +46,13 @@ from sloraj.runner import DeviceRunner
 from sloraj.runner.buckets import Buckets, make_buckets
 from sloraj.runner.compiles import Key
 from sloraj.runner.lora_variants import MODULES
-from sloraj.runner.memory import ITEMSIZE, MARGIN_BYTES, MemoryPlan, plan_memory
+from sloraj.runner.memory import (
+    INSTALL_BYTES_PER_STEP,
+    ITEMSIZE,
+    MemoryPlan,
+    plan_memory,
+    workspace_bytes,
+)
 from sloraj.runner.state import RunnerConfig
 
 MakeLoader = Callable[[ModelConfig, PoolLayout, int, Allocate], LoadFunction]
@@ -57,7 +61,6 @@ log = logging.getLogger("sloraj")
 BLOCK_Q = {"xla": 16, "triton": 128, "mosaic": 128}
 # On a CPU an empty kernel is nothing beside the step; three times the programs do not pay.
 LORA_VARIANTS = {"cpu": ("all",), "gpu": tuple(MODULES), "cuda": tuple(MODULES)}
-INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
 GPU_WARM_UP_REPEATS = 3  # a program's first runs are not captured in a CUDA graph
 
 
@@ -308,7 +311,7 @@ def _plan(
         layout,
         limit_bytes=memory.get("bytes_limit"),
         in_use_bytes=memory.get("bytes_in_use", weight_bytes),
-        workspace_bytes=_workspace_bytes(config, model, layout, adapter_pages) if memory else 0,
+        workspace_bytes=workspace_bytes(config, model, layout, adapter_pages) if memory else 0,
         pool_bytes=config.pool_bytes,
         min_pages=min_pages,
     )
@@ -327,46 +330,3 @@ def _reserved_pages(config: EngineConfig, plan: MemoryPlan, adapter_pages: int) 
             param="adapter_pool_bytes",
         )
     return reserved
-
-
-def _workspace_bytes(
-    config: EngineConfig, model: ModelConfig, layout: PoolLayout, adapter_pages: int
-) -> int:
-    """What the largest programs hold at once: activations, f32 logits and their filtered copies.
-
-    Beside them lie the adapter pages of two steps: those being installed, and those on their way.
-    Of quantised weights one at a time is widened, for steps of many rows.
-    """
-    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
-    assert rows is not None and tokens is not None
-    activations = tokens * (8 * model.hidden_size + 4 * model.intermediate_size // layout.tp)
-    logits = rows * model.vocab_size
-    counts = (rows + 1) * model.vocab_size
-    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
-    staging = 2 * max(INSTALL_BYTES_PER_STEP, adapter_pages * page_bytes)
-    widened = 2 * model.hidden_size * model.intermediate_size // layout.tp * ITEMSIZE[layout.dtype]
-    widened = widened if config.quantization else 0
-    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + widened + MARGIN_BYTES
-
-
-def adapter_loader(
-    model: ModelConfig,
-    layout: PoolLayout,
-    max_rank: int,
-    allocate: Allocate = np.empty,
-    num_processes: int = 0,
-) -> LoadFunction:
-    """Reads a PEFT directory and packs it for the pool, into arrays that `allocate` makes: in
-    `num_processes` processes, or in the caller's thread.
-    """
-    if num_processes:
-        spec = LoadSpec(model=model, layout=layout, max_rank=max_rank)
-        return LoaderProcesses(spec, allocate, num_processes)
-
-    def load(path: str) -> tuple[PackedAdapter, dict[str, Any]]:
-        with short_turns:
-            weights = read_adapter(path, model, max_rank=max_rank)
-            packed = pack_adapter(weights, layout, model, allocate)
-        return packed, {"rank": weights.max_rank, "path": path}
-
-    return load

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from sloraj.config import PoolLayout
+from checkpoints.model_config import ModelConfig
+from sloraj.config import EngineConfig, PoolLayout
 from sloraj.errors import ConfigError
 
 GIB = 1 << 30
 MARGIN_BYTES = GIB  # matmul workspaces, graphs, the allocator's own losses
 CPU_POOL_BYTES = GIB // 4
+INSTALL_BYTES_PER_STEP = 256 << 20  # a few ms of the bus; one adapter may be larger
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -69,3 +71,23 @@ def plan_memory(
         num_pages=num_pages,
         page_bytes=page_bytes,
     )
+
+
+def workspace_bytes(
+    config: EngineConfig, model: ModelConfig, layout: PoolLayout, adapter_pages: int
+) -> int:
+    """What the largest programs hold at once: activations, f32 logits and their filtered copies.
+
+    Beside them lie the adapter pages of two steps: those being installed, and those on their way.
+    Of quantised weights one at a time is widened, for steps of many rows.
+    """
+    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    assert rows is not None and tokens is not None
+    activations = tokens * (8 * model.hidden_size + 4 * model.intermediate_size // layout.tp)
+    logits = rows * model.vocab_size
+    counts = (rows + 1) * model.vocab_size
+    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+    staging = 2 * max(INSTALL_BYTES_PER_STEP, adapter_pages * page_bytes)
+    widened = 2 * model.hidden_size * model.intermediate_size // layout.tp * ITEMSIZE[layout.dtype]
+    widened = widened if config.quantization else 0
+    return activations * 4 + logits * 4 * 6 + counts * 5 + staging + widened + MARGIN_BYTES

@@ -17,7 +17,8 @@ import pytest
 from checkpoints.model_config import TARGET_MODULES, ModelConfig
 from sloraj.adapters.layout import Allocate
 from sloraj.adapters.loader import LoadFunction
-from sloraj.build import LORA_VARIANTS, adapter_loader, build_core
+from sloraj.adapters.reader import adapter_loader
+from sloraj.build import LORA_VARIANTS, build_core
 from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
 from sloraj.core import EngineCore
 from sloraj.messages import (

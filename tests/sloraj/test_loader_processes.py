@@ -19,7 +19,7 @@ from sloraj.adapters import load_processes
 from sloraj.adapters.load_processes import LoaderProcesses
 from sloraj.adapters.load_worker import LoadSpec, SharedMemory, load
 from sloraj.adapters.loader import AdapterLoader, LoadDone
-from sloraj.build import adapter_loader
+from sloraj.adapters.reader import adapter_loader
 from sloraj.config import PoolLayout
 from sloraj.errors import AdapterLoadError, EngineUnavailable, InternalError
 from sloraj.messages import LoadAdapter

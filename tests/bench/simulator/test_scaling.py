@@ -20,7 +20,7 @@ from bench.simulator.geometry import (
 )
 from bench.simulator.saturation import saturated_rate
 from bench.simulator.scaling import Link, lora_collectives_s, program_floor_s, scaled
-from sloraj import build
+from sloraj.runner import memory
 from tests.bench.simulator.engines import description, device
 
 FREE = Link(all_reduce_s=0.0, all_gather_s=0.0, bytes_per_s=float("inf"))
@@ -92,7 +92,7 @@ def test_bytes_of_lora_collectives_are_those_of_the_design() -> None:
 def test_constants_are_those_of_engine_and_floors() -> None:
     assert floors.READ_BYTES_PER_S == scaling.READ_BYTES_PER_S
     assert floors.FLOPS_PER_S == scaling.FLOPS_PER_S
-    assert build.INSTALL_BYTES_PER_STEP == INSTALL_BYTES_PER_STEP
+    assert memory.INSTALL_BYTES_PER_STEP == INSTALL_BYTES_PER_STEP
 
 
 @pytest.mark.parametrize(
