@@ -1,6 +1,7 @@
-# Every target sets up what it needs. Variables: PYTHON, VENV; for serve also MODEL, ADAPTERS, HOST, PORT, ARGS.
+# Every target sets up what it needs. Variables: PYTHON, VENV, JOBS (tests at once); for serve also MODEL, ADAPTERS, HOST, PORT, ARGS.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 PY = $(abspath $(VENV))/bin/python
 
 MODEL ?= checkpoints/demo/model
@@ -23,7 +24,7 @@ serve:  ## serve a model and its adapters; without variables, the demo
 	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") $(NAME) --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
 test: check  ## everything that needs no GPU
-	JAX_PLATFORMS=cpu $(PY) -m pytest -q $(ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 check:  ## format, lint, types, import contracts
 	@$(ENSURE) test
