@@ -60,7 +60,7 @@ class Case:
 
     @property
     def is_decode(self) -> bool:
-        return self.num_rows <= 256
+        return self.num_rows <= 256 and self.popularity != BESIDE_PREFILL
 
     @property
     def shape(self) -> ModelShape:
@@ -103,9 +103,9 @@ def decode_cases() -> Iterator[Case]:
 
 
 def prefill_cases() -> Iterator[Case]:
-    for rank in ("16", "64"):
+    for num_rows, rank in itertools.product((256, 512), ("8", "16", "64")):
         yield Case(
-            model="llama-7b", group="attention", num_rows=512, rank=rank,
+            model="llama-7b", group="attention", num_rows=num_rows, rank=rank,
             popularity=BESIDE_PREFILL, num_layers=8,
         )  # fmt: skip
     for model in DECODE_MODELS:

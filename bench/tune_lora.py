@@ -1,6 +1,7 @@
 """Search configurations of the Triton LoRA kernels on a GPU, and keep the best in the table.
 
     python -m bench.tune_lora --models llama-7b llama-3.1-8b --rows 1 8 64 256
+    python -m bench.tune_lora --rows --beside 256    # steps of so many tokens, 64 of them decoding
 
 A configuration serves every rank, so it is judged by the product of its times at several ranks.
 The times in the table are of expand alone, and of shrink with the expand after it.
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.kernel_timing import time_compiled_chain
-from bench.kernels_lora import GROUPS, MAX_RANK, Case, make_world, step_tiles
+from bench.kernels_lora import BESIDE_PREFILL, GROUPS, MAX_RANK, Case, make_world, step_tiles
 from bench.lora_inputs import Adapters, common_tables, fill_pool
 from pallas_kernels import lora_expand_triton, lora_shrink_triton
 from pallas_kernels.lora_expand import lora_expand
@@ -34,6 +35,7 @@ from pallas_kernels.tuning_table import device_kind
 Config = lora_shrink_triton.Config | lora_expand_triton.Config
 DECODE_RANKS = ("8", "64")
 PREFILL_RANKS = ("16", "64")
+DECODING = 64  # rows that decode beside a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,11 @@ class Search:
     op: str
     modules: tuple[int, ...]
     case: Case  # its rank is replaced by each in turn
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether rows decode beside a prompt."""
+        return self.case.popularity == BESIDE_PREFILL
 
     def key(self, adapters: Adapters) -> str:
         """The key of its shape in the table."""
@@ -66,6 +73,15 @@ def candidates(search: Search) -> Iterator[Config]:
         for shares, ranks, warps in itertools.product((2, 4, 8, 16, 32, 64), (1, 2, 4), (4, 8)):
             if ranks * 4 >= warps:
                 yield shrink(num_shares=shares, row_ranks=ranks, num_warps=warps)
+    elif search.op == "lora_shrink" and search.is_beside:
+        # most tiles are single rows: several programs a multiprocessor, so little shared memory
+        for shares, stages, ranks, warps in itertools.product(
+            (2, 4, 8), (1, 2, 3, 5), (2, 4), (4, 8)
+        ):
+            yield shrink(
+                num_shares=shares, num_stages=stages, row_ranks=ranks, num_warps=warps,
+                tile_ranks=16, tile_chunks=1,
+            )  # fmt: skip
     elif search.op == "lora_shrink":
         for shares, ranks, chunks, stages in itertools.product(
             (1, 2, 4), (16, 32, 64), (1, 2), (3, 4)
@@ -79,6 +95,9 @@ def candidates(search: Search) -> Iterator[Config]:
         for chunks, ranks, warps in itertools.product((1, 2, 4, 8, 16), (4, 8, 16, 32), (1, 2, 4)):
             if 4 <= chunks * ranks // (2 * warps) <= 16:
                 yield expand(block_chunks=chunks, row_ranks=ranks, num_warps=warps)
+    elif search.is_beside:
+        for chunks, ranks, warps in itertools.product((2, 4, 8), (4, 8, 16), (2, 4, 8)):
+            yield expand(block_chunks=chunks, row_ranks=ranks, num_warps=warps)
     else:
         for chunks, ranks, columns in itertools.product((1, 2, 4), (16, 32, 64), (32, 64, 128)):
             yield expand(block_chunks=chunks, tile_ranks=ranks, tile_columns=columns, num_warps=4)
@@ -134,7 +153,7 @@ def rows_of(search: Search) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def search_one(search: Search, compilers: ThreadPoolExecutor) -> tuple[str, dict[str, Any]]:
     """The key of a shape and its best entry."""
-    ranks = DECODE_RANKS if search.case.is_decode else PREFILL_RANKS
+    ranks = DECODE_RANKS if search.case.is_decode or search.is_beside else PREFILL_RANKS
     cases = [dataclasses.replace(search.case, rank=rank) for rank in ranks]
     worlds = [make_world(case) for case in cases]
     num_pages, tables = common_tables(worlds)
@@ -159,11 +178,17 @@ def search_one(search: Search, compilers: ThreadPoolExecutor) -> tuple[str, dict
     return search.key(worlds[0]), {"config": dataclasses.asdict(best[1]), "us": us}
 
 
-def searches(models: list[str], num_rows: list[int], groups: list[str]) -> Iterator[Search]:
-    for model, rows, group in itertools.product(models, num_rows, groups):
+def searches(
+    models: list[str], num_rows: list[int], beside: list[int], groups: list[str]
+) -> Iterator[Search]:
+    batches = [("distinct", rows) for rows in num_rows]
+    batches += [(BESIDE_PREFILL, tokens) for tokens in beside]
+    for model, (popularity, rows), group in itertools.product(models, batches, groups):
+        is_decode = popularity == "distinct" and rows <= 256
         case = Case(
-            model=model, group=group, num_rows=rows, rank="8", num_slots=min(rows, 64),
-            popularity="distinct", num_layers=64 if rows <= 256 else 8,
+            model=model, group=group, num_rows=rows, rank="8", popularity=popularity,
+            num_slots=min(rows, 64 if popularity == "distinct" else DECODING + 1),
+            num_layers=64 if is_decode else 8,
         )  # fmt: skip
         for modules, op in itertools.product(GROUPS[group], ("lora_shrink", "lora_expand")):
             yield Search(op=op, modules=modules, case=case)
@@ -172,7 +197,8 @@ def searches(models: list[str], num_rows: list[int], groups: list[str]) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["llama-7b"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[64])
+    parser.add_argument("--rows", nargs="*", type=int, default=[64])
+    parser.add_argument("--beside", nargs="*", type=int, default=[])
     parser.add_argument("--groups", nargs="+", choices=sorted(GROUPS), default=["attention"])
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--out", type=Path, help="default: the table of this device kind")
@@ -180,7 +206,7 @@ def main() -> None:
     out = args.out or Path("pallas_kernels/tuning") / f"{device_kind()}.json"
     table = json.loads(out.read_text()) if out.is_file() else {}
     with ThreadPoolExecutor(args.threads) as compilers:
-        for search in searches(args.models, args.rows, args.groups):
+        for search in searches(args.models, args.rows, args.beside, args.groups):
             key, entry = search_one(search, compilers)
             table.setdefault(search.op, {})[key] = entry
             print(search.op, key, entry, flush=True)

@@ -30,7 +30,7 @@ def test_the_targets_shapes_are_all_there() -> None:
     assert {case.popularity for case in decode} == {
         "distinct", "uniform", "zipf", "identical", "base-only",
     }  # fmt: skip
-    assert {case.num_rows for case in prefill} == {512, 2048, 8192}
+    assert {case.num_rows for case in prefill} == {256, 512, 2048, 8192}
     assert {case.num_slots for case in prefill} == {1, 4, 16, 64}
 
 
