@@ -63,9 +63,12 @@ def covered_s(spans: Spans) -> float:
     return covered / 1e9
 
 
-def window_s(spans: Spans) -> float:
-    """Seconds from the first span's start to the last one's end."""
-    return (max(stop for _, stop in spans) - min(start for start, _ in spans)) / 1e9
+def idle_share(spans: Spans) -> float:
+    """Of the time from the first span's start to the last one's end, what none covers."""
+    if not spans:  # no profile of a GPU
+        return 1.0
+    window = max(stop for _, stop in spans) - min(start for start, _ in spans)
+    return 1 - covered_s(spans) / window * 1e9
 
 
 class Installs:
@@ -130,7 +133,7 @@ def measure_rows(core: EngineCore, rows: int, num_prompt: int) -> dict[str, floa
         "engine_max_ms": float(np.max([before, after])) * 1e3,
         "raw_ms": raw_s * 1e3,
         "raw_over_engine": raw_s / engine_s,
-        "idle": 1 - covered_s(spans) / window_s(spans),
+        "idle": idle_share(spans),
     }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from bench.idle import covered_s, row_targets, window_s
+from bench.idle import covered_s, idle_share, row_targets
 
 
 def test_time_without_a_kernel_is_the_window_less_the_union_of_spans() -> None:
     spans = [(0.0, 10e9), (2e9, 4e9), (9e9, 12e9), (15e9, 20e9)]
-    assert covered_s(spans) == pytest.approx(17) and window_s(spans) == pytest.approx(20)
-    assert covered_s(spans[:1]) == window_s(spans[:1]) == pytest.approx(10)
+    assert covered_s(spans) == pytest.approx(17) and idle_share(spans) == pytest.approx(3 / 20)
+    assert covered_s(spans[:1]) == pytest.approx(10) and idle_share(spans[:1]) == pytest.approx(0)
+    assert idle_share([]) == 1
 
 
 def test_idle_is_judged_by_the_number_of_rows() -> None:
