@@ -7,6 +7,7 @@ costs the engine one copy of the packed pages, made without the interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -83,6 +84,8 @@ class LoaderProcess:
 
     def close(self) -> int:
         """End the process, whatever it does; its exit code, which may be that of its own end."""
+        with contextlib.suppress(OSError):  # its end is closed already
+            self._connection.shutdown(socket.SHUT_RDWR)  # an idle one ends by itself
         try:
             code = self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
