@@ -64,7 +64,8 @@ class Engine:
         finally:
             if bars is not None:
                 bars.close()
-        self._runner = JobRunner(self._frontend, Window(config.max_num_waiting))
+        limits = (config.max_num_waiting, config.tenant_max_waiting)  # all may be of one tenant
+        self._runner = JobRunner(self._frontend, Window(min(n for n in limits if n is not None)))
 
     def __enter__(self) -> Engine:
         return self

@@ -88,7 +88,9 @@ class FakeCore:
         self._running: dict[str, _Running] = {}
         self._adapters: dict[str, AdapterInfo] = {}
         self._drains: list[int] = []
-        self._max_num_waiting = config.max_num_waiting
+        self._max_num_waiting = min(
+            config.max_num_waiting, config.tenant_max_waiting or config.max_num_waiting
+        )
         self.received: list[ToEngine] = []  # by tests in the same process
         self.peak = 0
 

@@ -51,6 +51,12 @@ def expected(prompt: str, adapter: str | None, num: int = 10) -> str:
     return bytes(ids).decode()
 
 
+def test_more_prompts_than_one_tenant_may_queue_are_answered(model: str) -> None:
+    with Engine(model, core_factory=FACTORY, queue_order="vtc", tenant_max_waiting=3) as engine:
+        answers = engine.generate([f"prompt {n}" for n in range(20)], TEN)
+    assert [a.text for a in answers] == [expected(f"prompt {n}", None) for n in range(20)]
+
+
 def test_prompts_with_adapters_are_answered_in_order(engine: Engine) -> None:
     prompts = [f"prompt {n}" for n in range(60)]
     adapters = [None if n % 3 == 0 else f"shift-{n % 3}" for n in range(60)]
