@@ -21,7 +21,7 @@ from bench.points import EngineSpec, Point
 from bench.random_adapters import random_adapter_loader, random_path
 from bench.replay import default_adapter_name
 from bench.settings import SETTINGS
-from bench.step_floor import matmul_shapes
+from bench.simulator.geometry import weight_bytes
 from checkpoints.demo import MODEL_DIR
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig
@@ -37,13 +37,6 @@ from sloraj.runner.memory import ITEMSIZE
 WORKSPACE_BYTES = 2_500_000_000  # of a capped total, what is neither weights nor pool
 
 Loaded = tuple[PackedAdapter, dict[str, Any]]
-
-
-def weight_bytes(config: ModelConfig) -> int:
-    """Of the base model in two bytes an element; norms are left out."""
-    layers = config.num_layers * sum(a * b for a, b in matmul_shapes(config))
-    ends = 1 if config.tie_word_embeddings else 2
-    return 2 * (layers + ends * config.vocab_size * config.hidden_size)
 
 
 def capped_pool_bytes(config: ModelConfig, total_gb: float) -> int:

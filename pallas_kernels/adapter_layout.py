@@ -43,7 +43,7 @@ def gather_rows(
     num_rows: int,
     width: int,
 ) -> jax.Array:
-    """Rows of A or B as a dense f32 `[num_rows, width]`; rows from `num_valid` on are zeros.
+    """Rows of A or B as a dense `[num_rows, width]`; rows from `num_valid` on are zeros.
 
     Args: pages: i32 `[max_adapter_pages]`, the slot's pages. first_chunk, num_valid: i32 scalars.
     """
@@ -53,7 +53,7 @@ def gather_rows(
     page = pages.at[chunk // page_chunks].get(mode="fill", fill_value=0)
     chunks = pool.reshape(-1, page_chunks, CHUNK)[page, chunk % page_chunks]
     rows = chunks.reshape(num_rows, row_chunks * CHUNK)[:, :width]
-    return jnp.where((row < num_valid)[:, None], rows.astype(jnp.float32), 0.0)
+    return jnp.where((row < num_valid)[:, None], rows, jnp.zeros((), rows.dtype))
 
 
 def tile_rows(tiles: LoraTiles, tile: jax.Array) -> jax.Array:

@@ -8,10 +8,12 @@ the largest rank do.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.adapter_layout import CHUNK, KIND_LORA, chunks_per_page, chunks_per_row
+from pallas_kernels.adapter_layout import gather_rows, tile_rows, true_rank
 from pallas_kernels.tiles import LoraTiles
 
 
@@ -32,7 +34,7 @@ def lora_shrink_bmm(
     v = jnp.zeros((x.shape[0], len(modules), num_rows), jnp.float32)
     for i, module in enumerate(modules):
         segments = tiles.segments[layer, :, module]
-        valid = (_ranks(segments) + rank_split - 1) // rank_split
+        valid = (jax.vmap(true_rank)(segments) + rank_split - 1) // rank_split
         lora_a = _gather(pool, slot_pages[tiles.slots], segments[:, 1], valid, num_rows, x.shape[1])
         product = jnp.einsum(
             "gtd,grd->gtr", x_rows, lora_a.astype(x.dtype), precision="highest",
@@ -63,7 +65,7 @@ def lora_expand_bmm(
     y, column = base, column_offset
     for i, (module, out_size) in enumerate(zip(modules, out_sizes, strict=True)):
         segments = tiles.segments[layer, :, module]
-        ranks = _ranks(segments)
+        ranks = jax.vmap(true_rank)(segments)
         lora_b = _gather(pool, slot_pages[tiles.slots], segments[:, 2], ranks, num_ranks, out_size)
         v_rows = v.at[rows, i].get(mode="fill", fill_value=0)
         v_rows = jnp.where(rank_index[None, None, :] < ranks[:, None, None], v_rows, 0.0)
@@ -83,15 +85,8 @@ def lora_expand_bmm(
 
 def _rows(tiles: LoraTiles) -> jax.Array:
     """The rows of every tile, i32 `[G, block_rows]`; T, out of bounds, past a tile's end."""
-    num_tokens = tiles.row_order.shape[0]
-    place = jnp.arange(tiles.block_rows, dtype=jnp.int32)[None, :] + tiles.starts[:-1, None]
-    rows = tiles.row_order.at[place].get(mode="fill", fill_value=num_tokens)
-    return jnp.where(place < tiles.starts[1:, None], rows, num_tokens)
-
-
-def _ranks(segments: jax.Array) -> jax.Array:
-    """The true rank of each of `segments [G, 4]`; 0 where the module is absent."""
-    return jnp.where(segments[:, 0] == KIND_LORA, segments[:, 3], 0)
+    rows: jax.Array = jax.vmap(functools.partial(tile_rows, tiles))(jnp.arange(len(tiles.slots)))
+    return rows
 
 
 def _gather(
@@ -102,15 +97,7 @@ def _gather(
     num_rows: int,
     width: int,
 ) -> jax.Array:
-    """Rows of A or B of all tiles, `[G, num_rows, width]` in the pool's dtype, zeros from
-    `num_valid [G]` on. pages: `[G, max_adapter_pages]`; first_chunk: `[G]`.
-    """
-    page_chunks, row_chunks = chunks_per_page(pool), chunks_per_row(width)
-    index = jnp.arange(num_rows * row_chunks, dtype=jnp.int32)
-    chunk = first_chunk[:, None] + index[None, :]
-    place = jnp.minimum(chunk // page_chunks, pages.shape[1] - 1)  # past the end: not valid
-    page = jnp.take_along_axis(pages, place, axis=1)
-    chunks = pool.reshape(-1, page_chunks, CHUNK)[page, chunk % page_chunks]
-    rows = chunks.reshape(len(pages), num_rows, row_chunks * CHUNK)[:, :, :width]
-    is_valid = jnp.arange(num_rows, dtype=jnp.int32)[None, :] < num_valid[:, None]
-    return jnp.where(is_valid[:, :, None], rows, jnp.zeros((), rows.dtype))
+    """`gather_rows` of all tiles, `[G, num_rows, width]`."""
+    gather = functools.partial(gather_rows, pool, num_rows=num_rows, width=width)
+    rows: jax.Array = jax.vmap(gather)(pages, first_chunk, num_valid)
+    return rows

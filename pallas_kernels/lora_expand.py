@@ -42,7 +42,7 @@ def lora_expand_reference(
             )
             v_rows = v.at[rows, i].get(mode="fill", fill_value=0)
             v_rows = jnp.where(rank_index[None, :] < rank, v_rows, 0.0)
-            delta = jnp.einsum("tr,rn->tn", v_rows, lora_b, precision="highest")
+            delta = jnp.einsum("tr,rn->tn", v_rows, lora_b.astype(jnp.float32), precision="highest")
             old = jax.lax.dynamic_slice_in_dim(y_rows, column, out_size, axis=1)
             new = (old.astype(jnp.float32) + delta).astype(y.dtype)
             new = jnp.where(rank > 0, new, old)  # an absent module leaves even -0.0 as it is
@@ -104,22 +104,10 @@ def lora_expand(
         raise ValueError(f"v has shape {v.shape}, not [{num_tokens}, {len(modules)}, R]")
     if base is None and implementation != "triton":
         base = jnp.zeros((num_tokens, sum(out_sizes)), jnp.float32)
-    if implementation == "xla":
+    if implementation in ("xla", "bmm"):
         assert base is not None
-        return lora_expand_reference(
-            base,
-            v,
-            pool,
-            slot_pages,
-            layer,
-            tiles,
-            column_offset,
-            modules=modules,
-            out_sizes=out_sizes,
-        )
-    if implementation == "bmm":
-        assert base is not None
-        return lora_expand_bmm(
+        dense = lora_expand_reference if implementation == "xla" else lora_expand_bmm
+        return dense(
             base,
             v,
             pool,

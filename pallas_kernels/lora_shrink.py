@@ -41,7 +41,9 @@ def lora_shrink_reference(
                 num_rows=num_rows,
                 width=width,
             )
-            product = jnp.einsum("td,rd->tr", x_rows, lora_a, precision="highest")
+            product = jnp.einsum(
+                "td,rd->tr", x_rows, lora_a.astype(jnp.float32), precision="highest"
+            )
             v = v.at[rows, i].set(product, mode="drop")
         return v
 
@@ -82,19 +84,9 @@ def lora_shrink(
     check_adapter_tables(slot_pages, tiles)
     if x.ndim != 2 or x.shape[0] != tiles.row_order.shape[0]:
         raise ValueError(f"x has shape {x.shape}, but tiles order {tiles.row_order.shape[0]} rows")
-    if implementation == "xla":
-        return lora_shrink_reference(
-            x,
-            pool,
-            slot_pages,
-            layer,
-            tiles,
-            modules=modules,
-            num_rows=num_rows,
-            rank_split=rank_split,
-        )
-    if implementation == "bmm":
-        return lora_shrink_bmm(
+    if implementation in ("xla", "bmm"):
+        dense = lora_shrink_reference if implementation == "xla" else lora_shrink_bmm
+        return dense(
             x,
             pool,
             slot_pages,

@@ -17,9 +17,8 @@ from checkpoints.model_config import ModelConfig
 from sloraj.config import PoolLayout, SchedulerConfig, div_ceil
 from sloraj.runner.buckets import make_buckets
 from sloraj.runner.lora_variants import MODULES
-from sloraj.runner.memory import ITEMSIZE
+from sloraj.runner.memory import INSTALL_BYTES_PER_STEP, ITEMSIZE
 
-INSTALL_BYTES_PER_STEP = 256 << 20
 BLOCK_Q = 128  # of the GPU's ragged attention
 GPU_BYTES = 138.1e9  # what the allocator of an H200 gives
 WORKSPACE_BYTES = 6e9  # of programs and margin; grows with the model, which this leaves out

@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from checkpoints.errors import CheckpointError, CheckpointNotFound
 from checkpoints.model_config import ModelConfig
 from checkpoints.peft_adapter import read_adapter
 from sloraj import wire
 from sloraj.adapters.layout import pack_adapter
+from sloraj.adapters.loader import MISSING, UNUSABLE
 from sloraj.batch import PackedAdapter
 from sloraj.config import PoolLayout
 from sloraj.errors import SlorajError
@@ -104,9 +104,9 @@ def load(path: str, spec: LoadSpec, memory: SharedMemory) -> Loaded | LoadFailed
         return _loaded(pack_adapter(weights, spec.layout, spec.model, allocate))
     except SlorajError as error:
         return LoadFailed(message=str(error), error=error.to_wire())
-    except (CheckpointNotFound, FileNotFoundError, NotADirectoryError) as error:
+    except MISSING as error:
         return LoadFailed(message=str(error), is_missing=True)
-    except (CheckpointError, OSError) as error:
+    except UNUSABLE as error:
         return LoadFailed(message=str(error), is_unusable=True)
     except Exception as error:  # the next load may do better than this one
         return LoadFailed(message=f"{error} ({type(error).__name__})")

@@ -23,6 +23,9 @@ NUM_THREADS = 4
 # with these 283.
 TURN_S = 0.0005
 
+MISSING = (CheckpointNotFound, FileNotFoundError, NotADirectoryError)  # raised by the file readers
+UNUSABLE = (CheckpointError, OSError)  # and these, for files that are there
+
 LoadFunction = Callable[[str], tuple[PackedAdapter, dict[str, Any]]]
 
 
@@ -107,8 +110,8 @@ def load_error(message: LoadAdapter, error: BaseException) -> SlorajError:
     if isinstance(error, SlorajError):
         return error
     what = f"adapter {message.adapter_id!r} at {message.path!r}: {error}"
-    if isinstance(error, CheckpointNotFound | FileNotFoundError | NotADirectoryError):
+    if isinstance(error, MISSING):
         return AdapterFilesNotFound(what, param="lora_path")
-    if isinstance(error, CheckpointError | OSError):
+    if isinstance(error, UNUSABLE):
         return AdapterLoadError(what, param="lora_path")
     return InternalError(f"{what} ({type(error).__name__})")

@@ -13,7 +13,6 @@ from bench.simulator.cost import Cost
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.engine import EngineDescription
 from bench.simulator.geometry import (
-    INSTALL_BYTES_PER_STEP,
     describe_geometry,
     model_config,
     weight_bytes,
@@ -92,7 +91,8 @@ def test_bytes_of_lora_collectives_are_those_of_the_design() -> None:
 def test_constants_are_those_of_engine_and_floors() -> None:
     assert floors.READ_BYTES_PER_S == scaling.READ_BYTES_PER_S
     assert floors.FLOPS_PER_S == scaling.FLOPS_PER_S
-    assert memory.INSTALL_BYTES_PER_STEP == INSTALL_BYTES_PER_STEP
+    engine = describe_geometry("llama-7b", pool_bytes=1e9)  # a page of 16 tokens takes 8 MiB
+    assert engine.scheduler.install_pages_per_step == memory.INSTALL_BYTES_PER_STEP // (8 << 20)
 
 
 @pytest.mark.parametrize(
