@@ -79,7 +79,7 @@ def _state_jobs(mesh: Mesh, state: Any, config: RunnerConfig) -> list[CompileJob
         CompileJob(
             ("bind",),
             programs.bind_program(mesh),
-            (state.table, state.forward.owners, ints(programs.bind_size(state.table))),
+            (state.table, state.forward.owners, ints(programs.bind_packing(state.table).size)),
         ),
         CompileJob(
             ("reset",),

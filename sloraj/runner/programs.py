@@ -11,7 +11,6 @@ bind      points a slot at an installed version
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from sloraj.parallel.mesh import replicated
 from sloraj.parallel.sharding import ParamRule
 from sloraj.runner.buckets import Bucket
 from sloraj.runner.lora_variants import MODULES
-from sloraj.runner.packing import step_packing
+from sloraj.runner.packing import Packing, step_packing
 from sloraj.runner.rows import RowState, reset_rows
 from sloraj.runner.state import (
     POOL_SPEC,
@@ -38,7 +37,6 @@ from sloraj.sampler import GREEDY, LOGPROBS, TokenCounts, count_known, count_sam
 
 BUFFER_ARGUMENT = 6  # a step's host data, among the arguments of a forward program
 COUNT_TOKENS = 512  # tokens one count program takes
-BIND_FIELDS = 3  # slot, num_pages, tag
 WHOLE = PartitionSpec()
 # The graph runs what does not depend on each other at once: a shrink beside the base product.
 GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
@@ -235,28 +233,34 @@ def install_program(mesh: Mesh) -> Any:
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, POOL_SPEC))
 
 
-def bind_size(table: AdapterTable) -> int:
-    """Integers in a bind program's buffer."""
+def bind_packing(table: AdapterTable) -> Packing:
+    """A bind program's host data; also of a table that is described by shape alone."""
     (_, max_pages), (num_layers, _, *of_module) = table.slot_pages.shape, table.segments.shape
-    return BIND_FIELDS + max_pages + num_layers * math.prod(of_module)
+    return Packing(
+        (
+            ("slot", ()),
+            ("num_pages", ()),
+            ("tag", ()),
+            ("pages", (max_pages,)),
+            ("segments", (num_layers, *of_module)),
+        )
+    )
 
 
 def bind_program(mesh: Mesh) -> Any:
-    """(table, owners, buffer i32: slot, num_pages, tag, pages, segments) -> (table, owners)."""
+    """(table, owners, buffer of `bind_packing`) -> (table, owners)."""
 
     def step(
         table: AdapterTable, owners: jax.Array | None, buffer: jax.Array
     ) -> tuple[AdapterTable, jax.Array | None]:
-        slot, num_pages, tag = buffer[:BIND_FIELDS]
-        (_, max_pages), (num_layers, _, *of_module) = table.slot_pages.shape, table.segments.shape
-        pages = buffer[BIND_FIELDS : BIND_FIELDS + max_pages]
-        segments = buffer[BIND_FIELDS + max_pages :].reshape(num_layers, *of_module)
+        fields = bind_packing(table).split(buffer)
+        slot, pages = fields["slot"], fields["pages"]
         if owners is not None:
-            owners = owners.at[pages].set(tag)
+            owners = owners.at[pages].set(fields["tag"])
         table = AdapterTable(
             slot_pages=table.slot_pages.at[slot].set(pages),
-            num_pages=table.num_pages.at[slot].set(num_pages),
-            segments=table.segments.at[:, slot].set(segments),
+            num_pages=table.num_pages.at[slot].set(fields["num_pages"]),
+            segments=table.segments.at[:, slot].set(fields["segments"]),
         )
         return table, owners
 

@@ -33,7 +33,7 @@ from sloraj.runner.compiles import CompileCounter, Key, compile_all
 from sloraj.runner.jobs import INSTALL_PAGES, make_jobs
 from sloraj.runner.lora_variants import SlotVariants
 from sloraj.runner.packing import known_token_ids, pack_step
-from sloraj.runner.programs import BIND_FIELDS, BUFFER_ARGUMENT, COUNT_TOKENS, bind_size
+from sloraj.runner.programs import BUFFER_ARGUMENT, COUNT_TOKENS, bind_packing
 from sloraj.runner.rows import RESETS, has_penalties, needs_full_sampling, pack_resets
 from sloraj.runner.state import STAGING_SPEC, RunnerConfig, StepLogits, abstract_state, zeros
 from sloraj.sampler import FULL, GREEDY, LOGPROBS, VARIANTS
@@ -262,10 +262,12 @@ class DeviceRunner:
         self._state = dataclasses.replace(self._state, pools=pools)
 
     def _bind_slot(self, slot: int, tag: int, pages: tuple[int, ...], segments: np.ndarray) -> None:
-        buffer = np.zeros(bind_size(self._table), np.int32)
-        buffer[:BIND_FIELDS] = slot, len(pages), tag
-        buffer[BIND_FIELDS : BIND_FIELDS + len(pages)] = pages
-        buffer[-segments.size :] = segments.reshape(-1)
+        packing = bind_packing(self._table)
+        buffer = np.zeros(packing.size, np.int32)
+        fields = packing.split(buffer)
+        fields["slot"][...], fields["num_pages"][...], fields["tag"][...] = slot, len(pages), tag
+        fields["pages"][: len(pages)] = pages
+        fields["segments"][...] = segments
         self._table, owners = self._programs["bind",](self._table, self._state.owners, buffer)
         self._state = dataclasses.replace(self._state, owners=owners)
 
