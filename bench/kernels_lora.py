@@ -31,7 +31,7 @@ from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.shapes import MODELS, ModelShape, row_slots
 from pallas_kernels.tiles import LoraTiles
-from sloraj.runner.buckets import DECODE_BLOCK_ROWS, MIXED_BLOCK_ROWS
+from sloraj.runner.buckets import MIXED_BLOCK_ROWS, SINGLE_BLOCK_ROWS
 
 RANKS: dict[str, tuple[int, ...]] = {
     "8": (8,), "16": (16,), "32": (32,), "64": (64,), "mixed": (64, 32, 16, 8),
@@ -39,7 +39,8 @@ RANKS: dict[str, tuple[int, ...]] = {
 GROUPS = {"attention": ((0, 1, 2), (3,)), "mlp": ((4, 5), (6,))}  # modules that share an input
 MAX_RANK = 64
 DECODE_MODELS = ("llama-7b", "llama-3.1-8b")
-BESIDE_PREFILL = "beside-prefill"
+BESIDE_DECODE = "beside-decode"  # a prompt's rows in a step in which 64 others decode
+DECODING = 64
 SHARES = {"8": 0.5, "16": 0.7, "32": 0.7, "64": 0.85}  # of the read bandwidth, in decode
 PREFILL_SHARES = {"16": 0.10, "64": 0.15}  # of the base products
 CACHE_BYTES = 200e6  # inputs rotate over at least so much
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def is_decode(self) -> bool:
-        return self.num_rows <= 256 and self.popularity != BESIDE_PREFILL
+        return self.num_rows <= 256 and self.popularity != BESIDE_DECODE
 
     @property
     def shape(self) -> ModelShape:
@@ -106,7 +107,7 @@ def prefill_cases() -> Iterator[Case]:
     for num_rows, rank in itertools.product((256, 512), ("8", "16", "64")):
         yield Case(
             model="llama-7b", group="attention", num_rows=num_rows, rank=rank,
-            popularity=BESIDE_PREFILL, num_layers=8,
+            popularity=BESIDE_DECODE, num_slots=1, num_layers=8,
         )  # fmt: skip
     for model in DECODE_MODELS:
         for num_rows in (2048, 8192):
@@ -161,16 +162,16 @@ def rows_of(case: Case) -> tuple[list[jax.Array], list[jax.Array]]:
 def batch_slots(case: Case) -> np.ndarray:
     """The slot of each row; rows of a slot adjoin, as those of one prompt do.
 
-    beside-prefill: a row of each slot but the last, which has all other rows.
+    beside-decode: all rows but the first, which decode, are one prompt's.
     """
-    if case.popularity == BESIDE_PREFILL:
-        return np.minimum(np.arange(1, case.num_rows + 1), case.num_slots)
+    if case.popularity == BESIDE_DECODE:
+        return (np.arange(case.num_rows) >= DECODING).astype(np.int32)
     return np.sort(row_slots(case.popularity, case.num_rows, case.num_slots, seed=0))
 
 
 def step_tiles(case: Case, adapters: Adapters) -> LoraTiles:
     """The tiles of the case's batch, as a step has them."""
-    block_rows = DECODE_BLOCK_ROWS if case.is_decode else MIXED_BLOCK_ROWS
+    block_rows = SINGLE_BLOCK_ROWS if case.is_decode else MIXED_BLOCK_ROWS
     capacity = case.num_rows if case.is_decode else case.num_rows // block_rows + SPARE_TILES
     return cut_tiles(batch_slots(case), adapters, block_rows=block_rows, capacity=capacity)
 
@@ -188,7 +189,7 @@ def judge(case: Case, adapters: Adapters, seconds: float, peaks: Peaks) -> dict[
     target_s = None
     if case.is_decode and case.popularity == "distinct" and case.rank in SHARES:
         target_s = limit_s(floor_s, SHARES[case.rank])
-    if not case.is_decode and case.popularity != BESIDE_PREFILL:
+    if not case.is_decode and case.popularity != BESIDE_DECODE:
         base_s = case.base_flops() / peaks.flops_per_s
         target_s = base_s * PREFILL_SHARES[case.rank]
     return {

@@ -1,7 +1,7 @@
 """Search configurations of the Triton LoRA kernels on a GPU, and keep the best in the table.
 
     python -m bench.tune_lora --models llama-7b llama-3.1-8b --rows 1 8 64 256
-    python -m bench.tune_lora --rows --beside 256    # steps of so many tokens, 64 of them decoding
+    python -m bench.tune_lora --rows --beside 256    # a prompt's tiles, 64 more rows decoding
 
 A configuration serves every rank, so it is judged by the product of its times at several ranks.
 The times in the table are of expand alone, and of shrink with the expand after it.
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from bench.kernel_timing import time_compiled_chain
-from bench.kernels_lora import BESIDE_PREFILL, GROUPS, MAX_RANK, Case, make_world, step_tiles
+from bench.kernels_lora import BESIDE_DECODE, GROUPS, MAX_RANK, Case, make_world, step_tiles
 from bench.lora_inputs import Adapters, common_tables, fill_pool
 from pallas_kernels import lora_expand_triton, lora_shrink_triton
 from pallas_kernels.lora_expand import lora_expand
@@ -35,7 +35,6 @@ from pallas_kernels.tuning_table import device_kind
 Config = lora_shrink_triton.Config | lora_expand_triton.Config
 DECODE_RANKS = ("8", "64")
 PREFILL_RANKS = ("16", "64")
-DECODING = 64  # rows that decode beside a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,8 @@ class Search:
 
     @property
     def is_beside(self) -> bool:
-        """Whether rows decode beside a prompt."""
-        return self.case.popularity == BESIDE_PREFILL
+        """Whether most rows of the step decode: a few tiles, which no other work hides."""
+        return self.case.popularity == BESIDE_DECODE
 
     def key(self, adapters: Adapters) -> str:
         """The key of its shape in the table."""
@@ -74,13 +73,12 @@ def candidates(search: Search) -> Iterator[Config]:
             if ranks * 4 >= warps:
                 yield shrink(num_shares=shares, row_ranks=ranks, num_warps=warps)
     elif search.op == "lora_shrink" and search.is_beside:
-        # most tiles are single rows: several programs a multiprocessor, so little shared memory
-        for shares, stages, ranks, warps in itertools.product(
-            (2, 4, 8), (1, 2, 3, 5), (2, 4), (4, 8)
+        for (stages, chunks), warps in itertools.product(
+            ((2, 1), (3, 1), (5, 1), (6, 1), (2, 2), (3, 2), (2, 4)), (4, 8)
         ):
             yield shrink(
-                num_shares=shares, num_stages=stages, row_ranks=ranks, num_warps=warps,
-                tile_ranks=16, tile_chunks=1,
+                num_shares=4, num_stages=stages, num_warps=warps, row_ranks=2, tile_ranks=16,
+                tile_chunks=chunks,
             )  # fmt: skip
     elif search.op == "lora_shrink":
         for shares, ranks, chunks, stages in itertools.product(
@@ -96,8 +94,8 @@ def candidates(search: Search) -> Iterator[Config]:
             if 4 <= chunks * ranks // (2 * warps) <= 16:
                 yield expand(block_chunks=chunks, row_ranks=ranks, num_warps=warps)
     elif search.is_beside:
-        for chunks, ranks, warps in itertools.product((2, 4, 8), (4, 8, 16), (2, 4, 8)):
-            yield expand(block_chunks=chunks, row_ranks=ranks, num_warps=warps)
+        for chunks, columns, warps in itertools.product((1, 2, 4), (32, 64, 128), (4, 8)):
+            yield expand(block_chunks=chunks, tile_columns=columns, num_warps=warps, row_ranks=16)
     else:
         for chunks, ranks, columns in itertools.product((1, 2, 4), (16, 32, 64), (32, 64, 128)):
             yield expand(block_chunks=chunks, tile_ranks=ranks, tile_columns=columns, num_warps=4)
@@ -182,12 +180,12 @@ def searches(
     models: list[str], num_rows: list[int], beside: list[int], groups: list[str]
 ) -> Iterator[Search]:
     batches = [("distinct", rows) for rows in num_rows]
-    batches += [(BESIDE_PREFILL, tokens) for tokens in beside]
+    batches += [(BESIDE_DECODE, tokens) for tokens in beside]
     for model, (popularity, rows), group in itertools.product(models, batches, groups):
         is_decode = popularity == "distinct" and rows <= 256
         case = Case(
             model=model, group=group, num_rows=rows, rank="8", popularity=popularity,
-            num_slots=min(rows, 64 if popularity == "distinct" else DECODING + 1),
+            num_slots=min(rows, 64) if popularity == "distinct" else 1,
             num_layers=64 if is_decode else 8,
         )  # fmt: skip
         for modules, op in itertools.product(GROUPS[group], ("lora_shrink", "lora_expand")):

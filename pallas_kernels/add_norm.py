@@ -23,8 +23,24 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def add_lora(base: jax.Array, lora: jax.Array | None) -> jax.Array:
-    """A base output and what adapters add to it, f32 of the same shape: one rounding."""
-    return base if lora is None else (base.astype(jnp.float32) + lora).astype(base.dtype)
+    """A base output `[T, D]` and what adapters add to its first rows, f32: one rounding."""
+    if lora is None:
+        return base
+    first = (base[: len(lora)].astype(jnp.float32) + lora).astype(base.dtype)
+    if len(lora) == len(base):
+        return first
+    return jax.lax.dynamic_update_slice_in_dim(base, first, 0, axis=0)
+
+
+def check_lora(lora: jax.Array | None, base: jax.Array) -> None:
+    """Raise ValueError unless lora can be added to base's first rows."""
+    if lora is None:
+        return
+    is_fitting = lora.ndim == 2 and len(lora) <= len(base) and lora.shape[1] == base.shape[1]
+    if lora.dtype != jnp.float32 or not is_fitting:
+        raise ValueError(
+            f"lora {lora.dtype} {lora.shape} is not float32 {base.shape} or fewer rows"
+        )
 
 
 def add_rms_norm_reference(
@@ -39,18 +55,19 @@ def _kernel(
     x_ref: Ref, delta_ref: Ref, lora_ref: Ref | None, weight_ref: Ref, total_ref: Ref,
     normed_ref: Ref, *, eps: float,
 ) -> None:  # fmt: skip
-    width = x_ref.shape[1]
+    width, row = x_ref.shape[1], pl.program_id(0)
     column = jnp.arange(next_power_of_2(width), dtype=jnp.int32)
     is_real = column < width
-    where = (jnp.full_like(column, pl.program_id(0)), column)
+    where = (jnp.full_like(column, row), column)
 
-    def load(ref: Ref) -> jax.Array:
-        value: jax.Array = pltriton.load(ref.at[where], mask=is_real, other=0)
+    def load(ref: Ref, mask: jax.Array = is_real) -> jax.Array:
+        value: jax.Array = pltriton.load(ref.at[where], mask=mask, other=0)
         return value.astype(jnp.float32)
 
     delta = load(delta_ref)
     if lora_ref is not None:
-        delta = (delta + load(lora_ref)).astype(x_ref.dtype).astype(jnp.float32)
+        lora = load(lora_ref, is_real & (row < lora_ref.shape[0]))
+        delta = (delta + lora).astype(x_ref.dtype).astype(jnp.float32)
     total = (load(x_ref) + delta).astype(x_ref.dtype)
     pltriton.store(total_ref.at[where], total, mask=is_real)
     wide = total.astype(jnp.float32)
@@ -75,15 +92,14 @@ def add_rms_norm(
     Semantics: total = x + round(delta + lora), rounded to x's dtype;
                normed = (total / sqrt(mean(total ** 2) + eps)), rounded, times weight.
     Args:      x, delta: `[T, D]`, of one dtype. weight: `[D]`, of the same.
-               lora: f32 `[T, D]`, what adapters add to delta; None: nothing.
+               lora: f32 `[at most T, D]`, what adapters add to delta's first rows; None: nothing.
     Returns:   (total, normed), both `[T, D]`.
     Raises:    ValueError: shapes or dtypes disagree, or the implementation is unknown.
     Source:    RMSNorm (arXiv:1910.07467), rounded as Hugging Face's LlamaRMSNorm does.
     """
     if not x.shape == delta.shape or weight.shape != x.shape[1:]:
         raise ValueError(f"x {x.shape}, delta {delta.shape} and weight {weight.shape} disagree")
-    if lora is not None and (lora.shape != x.shape or lora.dtype != jnp.float32):
-        raise ValueError(f"lora {lora.dtype} {lora.shape} is not float32 {x.shape}")
+    check_lora(lora, x)
     if not x.dtype == delta.dtype == weight.dtype:
         raise ValueError(f"x {x.dtype}, delta {delta.dtype} and weight {weight.dtype} disagree")
     if implementation == "xla":

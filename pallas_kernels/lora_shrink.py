@@ -70,7 +70,8 @@ def lora_shrink(
 
     Semantics: v[t, i, j] = sum_d x[t, d] * A_m[j, d]  for rows t in tiles, m = modules[i] present,
                j < ceil(rank / rank_split); everything else in v is undefined.
-    Args:      x: `[T, in]`. pool: `[num_pages, page_elems]`, of x's dtype or another float.
+    Args:      x: `[at least T, in]`; what is past the T rows of `tiles` is not read.
+               pool: `[num_pages, page_elems]`, of x's dtype or another float.
                slot_pages: i32 `[S, max_adapter_pages]`. layer: i32 scalar.
                num_rows: rows of v, at least ceil(rank / rank_split) of every slot in tiles.
                rank_split: devices over which the rank rows are dealt (1 for o and down).
@@ -82,8 +83,11 @@ def lora_shrink(
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
     check_adapter_tables(slot_pages, tiles)
-    if x.ndim != 2 or x.shape[0] != tiles.row_order.shape[0]:
-        raise ValueError(f"x has shape {x.shape}, but tiles order {tiles.row_order.shape[0]} rows")
+    num_tokens = tiles.row_order.shape[0]
+    if x.ndim != 2 or x.shape[0] < num_tokens:
+        raise ValueError(f"x has shape {x.shape}, but tiles order {num_tokens} rows")
+    if implementation != "triton":
+        x = x[:num_tokens]  # a copy, which the others can bear
     if implementation in ("xla", "bmm"):
         dense = lora_shrink_reference if implementation == "xla" else lora_shrink_bmm
         return dense(

@@ -296,7 +296,7 @@ def lora_shrink_triton(
     )
     v: jax.Array = triton_call(
         kernel,
-        jax.ShapeDtypeStruct((x.shape[0], len(modules), num_rows), jnp.float32),
+        jax.ShapeDtypeStruct((adapters.row_order.shape[0], len(modules), num_rows), jnp.float32),
         name="lora_shrink",
         grid=(config.num_shares, len(modules), num_tile_programs(adapters, block_rows)),
         num_warps=config.num_warps,

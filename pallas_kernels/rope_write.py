@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.add_norm import add_lora, rms_norm
+from pallas_kernels.add_norm import add_lora, check_lora, rms_norm
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.triton_blocks import Ref, next_power_of_2, triton_call
 
@@ -148,7 +148,8 @@ def _kernel(
         base: jax.Array = pltriton.load(qkv_ref.at[where], mask=part.mask, other=0)
         if lora_ref is None:
             return base
-        return add_lora(base, pltriton.load(lora_ref.at[where], mask=part.mask, other=0))
+        mask = part.mask & (token < lora_ref.shape[0])
+        return add_lora(base, pltriton.load(lora_ref.at[where], mask=mask, other=0))
 
     def load(part: _Block, first_head: int) -> tuple[jax.Array, jax.Array]:
         return load_half(part, first_head, 0), load_half(part, first_head, 1)
@@ -243,7 +244,8 @@ def rope_write(
                `[num_pages, 2 * K * page_size * H]`. cos, sin: f32 `[T, H / 2]`. pages, offsets:
                i32 `[T]`; padding tokens carry page 0, whose content is undefined; no other place
                is written twice. norms: weights of the norms over heads, with `eps`.
-               lora: f32 of qkv's shape, what adapters add to it; rounded with it once.
+               lora: f32 `[at most T, (N + 2 K) H]`, what adapters add to qkv's first rows;
+               rounded with it once.
     Returns:   (q `[T, N, H]` of qkv's dtype, the pool).
     Raises:    ValueError: shapes disagree or the implementation is unknown.
     Source:    RoFormer (arXiv:2104.09864), halves convention; PagedAttention (arXiv:2309.06180).
@@ -256,8 +258,7 @@ def rope_write(
         )
     if not cos.shape == sin.shape == (num_tokens, shape.head_dim // 2) or shape.head_dim % 2:
         raise ValueError(f"cos {cos.shape} and sin {sin.shape} are not [T, head_dim / 2]")
-    if lora is not None and (lora.shape != qkv.shape or lora.dtype != jnp.float32):
-        raise ValueError(f"lora {lora.dtype} {lora.shape} is not float32 {qkv.shape}")
+    check_lora(lora, qkv)
     page_elems = 2 * shape.page_size * shape.num_kv_heads * shape.head_dim
     if pool.ndim != 2 or pool.shape[1] != page_elems:
         raise ValueError(f"pool has shape {pool.shape}, not [num_pages, {page_elems}]")

@@ -25,7 +25,7 @@ class LoraTiles:
     it can read anything is then one load away, in every layer.
     """
 
-    row_order: jax.Array  # [T]; every row once, rows in tiles first
+    row_order: jax.Array  # [T]; every row once, or of the first T alone; rows in tiles first
     starts: jax.Array  # [G + 1]
     slots: jax.Array  # [G]
     segments: jax.Array  # [L, G, 7, 4]; kind 0 everywhere in padding tiles

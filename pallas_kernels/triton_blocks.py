@@ -20,7 +20,7 @@ from pallas_kernels.tiles import LoraTiles
 
 NUM_PROGRAMS = 768  # enough for the 132 multiprocessors of an H200
 NUM_TILE_PROGRAMS = 128  # the same, of programs that fill one each
-MIN_TILE_PROGRAMS = 128  # a row each of a batch that decodes beside a prefill
+MIN_TILE_PROGRAMS = 8  # of a short prompt or a few
 MIN_DOT = 16  # rows and depth of the smallest tensor-core product
 Ref = Any  # Pallas has no public type for the references that a kernel gets
 

@@ -150,9 +150,7 @@ def _attend(
 ) -> jax.Array:
     """Single-token rows through the decode kernel, the others through the ragged one."""
     scale = spec.config.head_dim**-0.5
-    num_singles = len(q)
-    if inputs.query_tiles is not None:  # then at most one a row, less the null row
-        num_singles = min(len(q), len(inputs.page_table) - 1)
+    num_singles = len(inputs.single_tiles.row_order)
     out = paged_decode_attention(
         q, pool, inputs.page_table, inputs.rows[:num_singles], inputs.lengths[:num_singles],
         window, num_kv_heads=num_kv_heads, page_size=spec.page_size, scale=scale,
@@ -262,5 +260,8 @@ def forward(
     pools = list(pools)
     for index, leaves in enumerate(layer_leaves):
         x, added, pools[index] = run_layer(leaves, x, added, pools[index], jnp.int32(index))
-    last = Output(*jax.tree.map(lambda part: part[logit_indices], added))
-    return pools, ends.logits(x[logit_indices] + add_lora(*last), spec)
+    lora = added.lora
+    if lora is not None:  # of the first tokens
+        lora = lora.at[logit_indices].get(mode="fill", fill_value=0)
+    last = add_lora(added.base[logit_indices], lora)
+    return pools, ends.logits(x[logit_indices] + last, spec)

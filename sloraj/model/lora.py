@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.add_norm import add_lora
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_shrink import lora_shrink
+from pallas_kernels.tiles import LoraTiles
 from sloraj.model.step import StepInputs, StepSpec
 from sloraj.parallel.collectives import device_index, gather_rank_rows, sum_partial
 
@@ -18,15 +22,24 @@ class Output(NamedTuple):
     """Of a linear layer, or what a block adds to the residual stream."""
 
     base: jax.Array  # [T, out]
-    lora: jax.Array | None = None  # f32, what adapters add, where that is kept apart
+    lora: jax.Array | None = None  # f32 [at most T, out], what adapters add to the first rows
+
+
+class _Shrunk(NamedTuple):
+    """Rows in their adapters' rank spaces, `[rows, modules, ranks]`; undefined outside tiles."""
+
+    singles: jax.Array  # of the first rows
+    longer: jax.Array | None  # of all
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoraDelta:
     """The adapters' low-rank additions to one layer's linear outputs (S-LoRA section 6.2).
 
-    In decode steps they are kept apart and added where the output is read anyway: on the device
-    shrink and expand then run beside the base's product, which they would else wait for.
+    Those of single-token rows are kept apart and added where the output is read anyway: on the
+    device their shrink and expand run beside the base's product, which they would else wait for,
+    and beside what the longer rows of the step need, which is tiles of many rows and added in
+    place.
     """
 
     pool: jax.Array
@@ -42,10 +55,9 @@ class LoraDelta:
             return Output(base)
         tp = self.spec.tp
         v = self._shrink(x, modules, self.spec.max_rank // tp, rank_split=tp)
-        v = gather_rank_rows(v, tp)
-        if self._is_single_rows:
-            return Output(base, self._expand(None, v, modules, out_sizes, jnp.int32(0)))
-        return Output(self._expand(base, v, modules, out_sizes, jnp.int32(0)))
+        v = self._across_devices(v, functools.partial(gather_rank_rows, tp=tp))
+        lora = self._expand_singles(v, modules, out_sizes)
+        return Output(self._expand_longer(base, v, modules, out_sizes, jnp.int32(0)), lora)
 
     def row(self, base: jax.Array, x: jax.Array, module: int) -> Output:
         """Row-parallel: the partial shrink is summed; of several devices each adds its columns to
@@ -53,37 +65,70 @@ class LoraDelta:
         """
         if module not in self.spec.lora_modules:
             return Output(base)
-        tp = self.spec.tp
-        v = sum_partial(self._shrink(x, (module,), self.spec.max_rank, rank_split=1), tp)
-        columns = self.spec.config.hidden_size // tp
-        if self._is_single_rows and tp == 1:
-            return Output(base, self._expand(None, v, (module,), (columns,), jnp.int32(0)))
-        offset = device_index(tp) * columns
-        return Output(self._expand(base, v, (module,), (columns,), offset))
-
-    @property
-    def _is_single_rows(self) -> bool:
-        return self.inputs.lora_tiles.block_rows == 1
+        tp, modules = self.spec.tp, (module,)
+        out_sizes = (self.spec.config.hidden_size // tp,)
+        offset = device_index(tp) * out_sizes[0]
+        v = self._shrink(x, modules, self.spec.max_rank, rank_split=1)
+        v = self._across_devices(v, functools.partial(sum_partial, tp=tp))
+        lora = self._expand_singles(v, modules, out_sizes)
+        base = self._expand_longer(base, v, modules, out_sizes, offset)
+        if tp == 1:
+            return Output(base, lora)
+        mine = jax.lax.dynamic_slice(base, (0, offset), lora.shape)
+        return Output(jax.lax.dynamic_update_slice(base, add_lora(mine, lora), (0, offset)))
 
     def _shrink(
         self, x: jax.Array, modules: tuple[int, ...], num_rows: int, *, rank_split: int
+    ) -> _Shrunk:
+        def shrink(tiles: LoraTiles) -> jax.Array:
+            return lora_shrink(
+                x, self.pool, self.inputs.slot_pages, self.layer, tiles, modules=modules,
+                num_rows=num_rows, rank_split=rank_split,
+                implementation=self.spec.kernels.lora_shrink,
+            )  # fmt: skip
+
+        longer = self.inputs.lora_tiles
+        return _Shrunk(shrink(self.inputs.single_tiles), None if longer is None else shrink(longer))
+
+    def _across_devices(self, v: _Shrunk, combine: Callable[[jax.Array], jax.Array]) -> _Shrunk:
+        """One collective for both kinds of rows."""
+        if self.spec.tp == 1 or v.longer is None:
+            return v._replace(singles=combine(v.singles))
+        num_singles = len(v.singles)
+        is_single = self.inputs.lengths[:num_singles, None, None] > 0
+        first = jnp.where(is_single, v.singles, v.longer[:num_singles])
+        both = combine(jax.lax.dynamic_update_slice_in_dim(v.longer, first, 0, axis=0))
+        return _Shrunk(both[:num_singles], both)
+
+    def _expand_singles(
+        self, v: _Shrunk, modules: tuple[int, ...], out_sizes: tuple[int, ...]
     ) -> jax.Array:
-        return lora_shrink(
-            x, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, modules=modules, num_rows=num_rows, rank_split=rank_split,
-            implementation=self.spec.kernels.lora_shrink,
-        )  # fmt: skip
+        tiles = self.inputs.single_tiles
+        return self._expand(None, v.singles, tiles, modules, out_sizes, jnp.int32(0))
+
+    def _expand_longer(
+        self,
+        base: jax.Array,
+        v: _Shrunk,
+        modules: tuple[int, ...],
+        out_sizes: tuple[int, ...],
+        column_offset: jax.Array,
+    ) -> jax.Array:
+        tiles = self.inputs.lora_tiles
+        if tiles is None or v.longer is None:
+            return base
+        return self._expand(base, v.longer, tiles, modules, out_sizes, column_offset)
 
     def _expand(
         self,
         base: jax.Array | None,
         v: jax.Array,
+        tiles: LoraTiles,
         modules: tuple[int, ...],
         out_sizes: tuple[int, ...],
         column_offset: jax.Array,
     ) -> jax.Array:
         return lora_expand(
-            base, v, self.pool, self.inputs.slot_pages, self.layer,
-            self.inputs.lora_tiles, column_offset, modules=modules, out_sizes=out_sizes,
-            implementation=self.spec.kernels.lora_expand,
+            base, v, self.pool, self.inputs.slot_pages, self.layer, tiles, column_offset,
+            modules=modules, out_sizes=out_sizes, implementation=self.spec.kernels.lora_expand,
         )  # fmt: skip

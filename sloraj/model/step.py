@@ -37,5 +37,6 @@ class StepInputs:
     lengths: jax.Array  # [T] visible positions of a single-token row, which come first; else 0
     page_table: jax.Array  # [rows, pages_per_row]
     slot_pages: jax.Array  # [slots, max_adapter_pages]
-    lora_tiles: LoraTiles
+    single_tiles: LoraTiles  # a row each, of single-token rows; of as many tokens as may be such
+    lora_tiles: LoraTiles | None  # of all other rows; None: there are none (decode)
     query_tiles: QueryTiles | None  # of all other rows; None: there are none (decode)

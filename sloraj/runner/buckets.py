@@ -10,7 +10,7 @@ from sloraj.config import div_ceil
 
 SMALL_DECODE_ROWS = (1, 4, 16, 64)
 SAMPLE_ROWS = (8, 64)
-DECODE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
+SINGLE_BLOCK_ROWS = 1  # one adapter read by many rows comes from the cache
 MIXED_BLOCK_ROWS = 64  # the fewest rows that a Hopper tensor core takes at full speed
 MIN_MIXED_TOKENS = 128
 # Rows with prefill that are shorter on average take a larger bucket than their tokens need: room
@@ -26,7 +26,8 @@ class Bucket:
     num_logits: int  # rows that may be sampled; a sample bucket
     is_decode: bool
     num_appends: int  # page-table entries that may change in a step
-    block_rows: int
+    num_singles: int  # tokens that may be single-token rows, which come first
+    block_rows: int  # of adapter tiles of longer rows
     num_lora_tiles: int
     block_q: int
     num_query_tiles: int
@@ -74,8 +75,9 @@ def make_buckets(
             num_logits=fit(n),
             is_decode=True,
             num_appends=n,
-            block_rows=DECODE_BLOCK_ROWS,
-            num_lora_tiles=n,
+            num_singles=n,
+            block_rows=SINGLE_BLOCK_ROWS,
+            num_lora_tiles=0,
             block_q=1,
             num_query_tiles=n,
         )
@@ -87,6 +89,7 @@ def make_buckets(
             num_logits=fit(rows),
             is_decode=False,
             num_appends=div_ceil(n, page_size) + 2 * rows,
+            num_singles=rows,
             block_rows=MIXED_BLOCK_ROWS,
             num_lora_tiles=div_ceil(n, MIXED_BLOCK_ROWS) + rows,
             block_q=block_q,

@@ -16,7 +16,7 @@ import numpy as np
 
 from sloraj.batch import ScheduledBatch, ScheduledRow
 from sloraj.config import div_ceil
-from sloraj.runner.buckets import Bucket
+from sloraj.runner.buckets import SINGLE_BLOCK_ROWS, Bucket
 
 Buffer = TypeVar("Buffer", np.ndarray, jax.Array)
 UNKNOWN = -1  # token id that only the device knows: the row's last sampled token
@@ -55,18 +55,28 @@ def step_packing(bucket: Bucket) -> Packing:
         ("batch_rows", (b,)),
         ("num_read_pages", (b,)),
         ("appends", (bucket.num_appends, 3)),
-        ("row_order", (t,)),
-        ("tile_starts", (bucket.num_lora_tiles + 1,)),
-        ("tile_slots", (bucket.num_lora_tiles,)),
-        ("num_tiles", (1,)),
+        *_tile_shapes("single_tile", bucket.num_singles, bucket.num_singles),
     ]
     if not bucket.is_decode:
         shapes += [
+            *_tile_shapes("lora_tile", t, bucket.num_lora_tiles),
             ("query_tiles", (4, bucket.num_query_tiles)),
             ("num_query_tiles", (1,)),
             ("num_singles", (1,)),
         ]
     return Packing(tuple(shapes))
+
+
+def _tile_shapes(
+    prefix: str, num_tokens: int, capacity: int
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The fields of one `LoraTiles`."""
+    return (
+        (f"{prefix}_order", (num_tokens,)),
+        (f"{prefix}_starts", (capacity + 1,)),
+        (f"{prefix}_slots", (capacity,)),
+        (f"num_{prefix}s", (1,)),
+    )
 
 
 def pack_step(
@@ -97,10 +107,18 @@ def pack_step(
     fields["batch_rows"][:n] = [r.row for r in batch.rows]
     fields["num_read_pages"][:n] = [div_ceil(r.start + r.num_tokens, page_size) for r in batch.rows]
     _pack_appends(batch.rows, fields, page_size)
-    _pack_lora_tiles(batch.rows, fields, bucket.block_rows, rank_of)
+    num_singles = _count_singles(batch.rows)
+    _pack_lora_tiles(batch.rows[:num_singles], 0, fields, "single_tile", SINGLE_BLOCK_ROWS, rank_of)
     if not bucket.is_decode:
-        _pack_attention(batch.rows, fields, bucket.block_q)
+        longer = batch.rows[num_singles:]
+        _pack_lora_tiles(longer, num_singles, fields, "lora_tile", bucket.block_rows, rank_of)
+        _pack_query_tiles(longer, num_singles, fields, bucket.block_q)
     return buffer
+
+
+def _count_singles(rows: Sequence[ScheduledRow]) -> int:
+    """Single-token rows, which come first: attention and adapters take them as decode steps do."""
+    return sum(1 for _ in itertools.takewhile(lambda row: row.num_tokens == 1, rows))
 
 
 def _pack_single_tokens(rows: Sequence[ScheduledRow], fields: dict[str, np.ndarray]) -> None:
@@ -165,15 +183,18 @@ def _pack_appends(
 
 def _pack_lora_tiles(
     rows: Sequence[ScheduledRow],
+    first_token: int,
     fields: dict[str, np.ndarray],
+    prefix: str,
     block_rows: int,
     rank_of: Callable[[int], int],
 ) -> None:
-    """Tiles by falling rank: the device takes them in order, and should not begin a long one last.
+    """The tiles of successive rows, whose tokens start at `first_token`, into the fields `prefix`.
 
-    `row_order` names every row once: those in no tile, padding too, come last.
+    Tiles by falling rank: the device takes them in order, and should not begin a long one last.
+    The order names every token once: those in no tile, padding too, come last.
     """
-    starts_of = np.concatenate([[0], np.cumsum([r.num_tokens for r in rows])])
+    starts_of = first_token + np.concatenate([[0], np.cumsum([r.num_tokens for r in rows])])
     by_slot: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         if row.slot:
@@ -188,26 +209,24 @@ def _pack_lora_tiles(
             slots.append(slot)
             starts.append(covered + min(begin + block_rows, size))
         covered += size
-    n = len(slots)
-    num_rows = len(fields["row_order"])
-    is_in_tile = np.zeros(num_rows, np.bool_)
+    n, row_order = len(slots), fields[f"{prefix}_order"]
+    is_in_tile = np.zeros(len(row_order), np.bool_)
     if n:
-        fields["row_order"][:covered] = np.concatenate(order)
-        is_in_tile[fields["row_order"][:covered]] = True
-    fields["row_order"][covered:] = np.flatnonzero(~is_in_tile)
-    fields["tile_starts"][: n + 1] = starts
-    fields["tile_starts"][n + 1 :] = covered
-    fields["tile_slots"][:n] = slots
-    fields["num_tiles"][0] = n
+        row_order[:covered] = np.concatenate(order)
+        is_in_tile[row_order[:covered]] = True
+    row_order[covered:] = np.flatnonzero(~is_in_tile)
+    fields[f"{prefix}_starts"][: n + 1] = starts
+    fields[f"{prefix}_starts"][n + 1 :] = covered
+    fields[f"{prefix}_slots"][:n] = slots
+    fields[f"num_{prefix}s"][0] = n
 
 
-def _pack_attention(
-    rows: Sequence[ScheduledRow], fields: dict[str, np.ndarray], block_q: int
+def _pack_query_tiles(
+    rows: Sequence[ScheduledRow], first_token: int, fields: dict[str, np.ndarray], block_q: int
 ) -> None:
-    """Single-token rows, which come first, attend as in a decode step; the rest in tiles."""
-    num_singles = sum(1 for _ in itertools.takewhile(lambda row: row.num_tokens == 1, rows))
-    tiles, token = [], num_singles
-    for row in rows[num_singles:]:
+    """What attention takes of the longer rows, whose tokens start at `first_token`."""
+    tiles, token = [], first_token
+    for row in rows:
         for begin in range(0, row.num_tokens, block_q):
             size = min(block_q, row.num_tokens - begin)
             tiles.append((row.row, token + begin, size, row.start + begin))
@@ -218,4 +237,4 @@ def _pack_attention(
     if tiles:
         fields["query_tiles"][:, : len(tiles)] = np.array(tiles, np.int32).T
     fields["num_query_tiles"][0] = len(tiles)
-    fields["num_singles"][0] = num_singles
+    fields["num_singles"][0] = first_token

@@ -22,7 +22,7 @@ from sloraj.model.llama import Model, forward
 from sloraj.model.step import StepInputs
 from sloraj.parallel.mesh import replicated
 from sloraj.parallel.sharding import ParamRule
-from sloraj.runner.buckets import Bucket
+from sloraj.runner.buckets import SINGLE_BLOCK_ROWS, Bucket
 from sloraj.runner.lora_variants import MODULES
 from sloraj.runner.packing import Packing, step_packing
 from sloraj.runner.rows import RowState, reset_rows
@@ -120,8 +120,9 @@ def _inputs(
     token = jnp.arange(bucket.num_tokens, dtype=jnp.int32)
     is_token = token < fields["num_tokens"]
     pages = page_table[token_rows, positions // page_size]
-    query_tiles, num_singles = None, fields["num_tokens"]
+    query_tiles, lora_tiles, num_singles = None, None, fields["num_tokens"]
     if not bucket.is_decode:
+        lora_tiles = _lora_tiles(fields, "lora_tile", table, bucket.block_rows)
         num_singles = fields["num_singles"]
         row, q_start, q_len, position = fields["query_tiles"]
         query_tiles = QueryTiles(
@@ -138,15 +139,23 @@ def _inputs(
         lengths=jnp.where(token < num_singles, positions + 1, 0),
         page_table=page_table,
         slot_pages=table.slot_pages,
-        lora_tiles=LoraTiles(
-            row_order=fields["row_order"],
-            starts=fields["tile_starts"],
-            slots=fields["tile_slots"],
-            segments=table.segments[:, fields["tile_slots"]],
-            num_tiles=fields["num_tiles"],
-            block_rows=bucket.block_rows,
-        ),
+        single_tiles=_lora_tiles(fields, "single_tile", table, SINGLE_BLOCK_ROWS),
+        lora_tiles=lora_tiles,
         query_tiles=query_tiles,
+    )
+
+
+def _lora_tiles(
+    fields: dict[str, jax.Array], prefix: str, table: AdapterTable, block_rows: int
+) -> LoraTiles:
+    slots = fields[f"{prefix}_slots"]
+    return LoraTiles(
+        row_order=fields[f"{prefix}_order"],
+        starts=fields[f"{prefix}_starts"],
+        slots=slots,
+        segments=table.segments[:, slots],
+        num_tiles=fields[f"num_{prefix}s"],
+        block_rows=block_rows,
     )
 
 

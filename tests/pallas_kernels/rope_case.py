@@ -31,7 +31,7 @@ def make_rope_case(
     seed: int,
     has_lora: bool = False,
 ) -> RopeCase:
-    """Tokens at places of their own, every third one padding."""
+    """Tokens at places of their own, every third one padding; adapters add to all but the last."""
     rng = np.random.default_rng(seed)
     num_pages = num_tokens + 2
     page_elems = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim
@@ -39,6 +39,7 @@ def make_rope_case(
     pages = rng.permutation(np.arange(1, num_pages, dtype=np.int32))[:num_tokens]
     pages[2::3] = 0
     weights = rng.uniform(0.5, 1.5, (2, shape.head_dim)).astype(dtype)
+    lora = rng.normal(size=(num_tokens - 1, shape.width)).astype(np.float32)
     return RopeCase(
         qkv=rng.normal(size=(num_tokens, shape.width)).astype(dtype),
         pool=rng.normal(size=(num_pages, page_elems)).astype(dtype),
@@ -47,7 +48,7 @@ def make_rope_case(
         pages=pages,
         offsets=rng.integers(0, shape.page_size, num_tokens, dtype=np.int32),
         norms=HeadNorms(*weights) if has_norms else None,  # type: ignore[arg-type]
-        lora=rng.normal(size=(num_tokens, shape.width)).astype(np.float32) if has_lora else None,
+        lora=lora if has_lora else None,
     )
 
 
@@ -70,7 +71,8 @@ def rope_oracle(case: RopeCase, shape: HeadShape, eps: float) -> tuple[np.ndarra
 
     qkv = case.qkv.astype(np.float64)
     if case.lora is not None:
-        qkv = (qkv + case.lora).astype(case.qkv.dtype).astype(np.float64)  # rounded before norms
+        qkv[: len(case.lora)] += case.lora
+        qkv = qkv.astype(case.qkv.dtype).astype(np.float64)  # rounded before norms
     for token, row in enumerate(qkv):
         parts = row.reshape(heads + 2 * kv_heads, head_dim)
         for head in range(heads):

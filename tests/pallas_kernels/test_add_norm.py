@@ -54,14 +54,17 @@ def test_bfloat16_answers_are_two_roundings_from_float64(implementation: str) ->
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("num_lora_rows", [4, 3])
 def test_what_adapters_add_is_rounded_once_with_what_they_add_to(
-    implementation: str, dtype: Any
+    implementation: str, dtype: Any, num_lora_rows: int
 ) -> None:
     rng = np.random.default_rng(2)
     x, delta = rng.normal(size=(2, 4, 896)).astype(dtype)
     weight = rng.uniform(0.5, 1.5, 896).astype(dtype)
     lora = rng.normal(size=x.shape).astype(np.float32)
+    lora[num_lora_rows:] = 0
     added = (delta.astype(np.float64) + lora).astype(np.float32).astype(dtype)
+    lora = lora[:num_lora_rows]
     got = run(x, delta, weight, implementation, lora)
     want = run(x, added, weight, implementation)
     for one, other in zip(got, want, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -39,7 +40,7 @@ def shrink(
 ) -> Any:
     run = compiled(modules=modules, num_rows=num_rows, rank_split=rank_split, **keywords)
     v = run(case.x, case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
-    assert v.shape == (case.x.shape[0], len(modules), num_rows)
+    assert v.shape == (len(case.row_slots), len(modules), num_rows)
     assert v.dtype == jnp.float32
     return np.asarray(v)
 
@@ -123,6 +124,25 @@ def test_a_device_shrinks_with_its_share_of_the_rank_rows(
         implementation=implementation,
     )
     assert_is_oracle(v, case, (0, 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("block_rows", [1, 4])
+def test_tiles_may_be_of_the_first_rows_alone(implementation: str, block_rows: int) -> None:
+    case = make_case(
+        row_slots=np.array([1, 2, 0, 1, 2], np.int32),
+        ranks={1: {0: 8}, 2: {0: 5}},
+        in_size=256,
+        out_size=OUT,
+        page_elems=1024,
+        block_rows=block_rows,
+        dtype=np.float32,
+        seed=1,
+    )
+    others = np.full((3, 256), np.nan, np.float32)
+    longer = dataclasses.replace(case, x=np.concatenate([case.x, others]))
+    v = shrink(longer, modules=(0,), num_rows=8, implementation=implementation)
+    assert_is_oracle(v, case, (0,))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -59,28 +59,46 @@ def pack(batch: ScheduledBatch) -> tuple[Bucket, dict[str, np.ndarray]]:
     return bucket, step_packing(bucket).split(buffer)
 
 
+def tile_kinds(bucket: Bucket) -> list[tuple[str, int]]:
+    """The kinds of adapter tiles in a buffer, and how many rows a tile of each has at most."""
+    longer = [] if bucket.is_decode else [("lora_tile", bucket.block_rows)]
+    return [("single_tile", 1), *longer]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_every_adapter_token_is_in_exactly_one_tile_of_its_slot(seed: int) -> None:
     batch = random_batch(seed)
     bucket, fields = pack(batch)
     slot_of = [r.slot for r in batch.rows for _ in range(r.num_tokens)]
     seen = {}
-    for tile in range(int(fields["num_tiles"][0])):
-        start, stop = fields["tile_starts"][tile : tile + 2]
-        assert 0 < stop - start <= bucket.block_rows
-        for token in fields["row_order"][start:stop]:
-            assert token not in seen
-            seen[token] = fields["tile_slots"][tile]
+    for kind, block_rows in tile_kinds(bucket):
+        for tile in range(int(fields[f"num_{kind}s"][0])):
+            start, stop = fields[f"{kind}_starts"][tile : tile + 2]
+            assert 0 < stop - start <= block_rows
+            for token in fields[f"{kind}_order"][start:stop]:
+                assert token not in seen
+                seen[token] = fields[f"{kind}_slots"][tile]
     assert seen == {t: slot for t, slot in enumerate(slot_of) if slot}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_single_tiles_have_the_rows_of_one_token_and_no_others(seed: int) -> None:
+    batch = random_batch(seed)
+    _, fields = pack(batch)
+    num_tiles = int(fields["num_single_tiles"][0])
+    singles = [token for token, row in enumerate(batch.rows) if row.num_tokens == 1 and row.slot]
+    assert sorted(fields["single_tile_order"][:num_tiles]) == singles
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_tiles_of_high_rank_come_first_and_rows_without_a_tile_last(seed: int) -> None:
     bucket, fields = pack(random_batch(seed))
-    num_tiles = int(fields["num_tiles"][0])
-    ranks = [RANKS[int(slot)] for slot in fields["tile_slots"][:num_tiles]]
-    assert ranks == sorted(ranks, reverse=True)
-    assert sorted(fields["row_order"].tolist()) == list(range(bucket.num_tokens))
+    for kind, _ in tile_kinds(bucket):
+        num_tiles = int(fields[f"num_{kind}s"][0])
+        ranks = [RANKS[int(slot)] for slot in fields[f"{kind}_slots"][:num_tiles]]
+        assert ranks == sorted(ranks, reverse=True)
+        num_tokens = bucket.num_singles if kind == "single_tile" else bucket.num_tokens
+        assert sorted(fields[f"{kind}_order"].tolist()) == list(range(num_tokens))
 
 
 @pytest.mark.parametrize("seed", range(40))
