@@ -89,7 +89,8 @@ def rows_of(records: Iterable[dict[str, Any]]) -> list[Row]:
 def _base_key(record: dict[str, Any]) -> tuple[Any, ...]:
     point = record["point"]
     lengths = (*point["input_range"], *point["output_range"])
-    return record.get("file"), point["pool"], lengths, point["seed"]
+    num_requests = point["num_requests" if point["figure"] == "base" else "base_requests"]
+    return record.get("file"), point["pool"], lengths, point["seed"], num_requests
 
 
 def pick(rows: Sequence[Row], figure: str, **wanted: Any) -> list[Row]:

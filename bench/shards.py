@@ -115,11 +115,12 @@ SHARDS: dict[str, list[Point]] = {
         *ablation(40, "S2", 200, ("padded ranks",)),
     ],
     "abort": loads(
-        "abort", ABORTS, duration_s=30.0, points=[{"load": load} for load in (0.9, 1.3)]
+        "abort", ABORTS, duration_s=25.0, points=[{"load": load} for load in (1.3, 0.9)]
     ),
     "policies": loads("policies", POLICIES, points=[{"load": 0.5, "alpha": 0.6}]),
     "fairness": loads(
-        "fairness", FAIRNESS, num_adapters=20, points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}]
+        "fairness", FAIRNESS, num_adapters=20, duration_s=25.0,
+        points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}],
     ),
     "retention-8b": retention(B8, "S1", (200, 10_000), modules=QV),
     "retention-7b-few": [
@@ -156,7 +157,7 @@ SHARDS: dict[str, list[Point]] = {
         points=[{"load": 0.9, "alpha": alpha} for alpha in (0.1, 1.0)],
     ),
     "abort-more": loads(
-        "abort", ABORTS, duration_s=30.0, points=[{"load": load} for load in (1.1, 1.5)]
+        "abort", ABORTS, duration_s=25.0, points=[{"load": load} for load in (1.1, 1.5)]
     ),
     "ranks": [
         point

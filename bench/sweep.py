@@ -1,15 +1,17 @@
 """Runs the paper's grid in shards, each in one process and under nine minutes.
 
     python -m bench.sweep list
-    python -m bench.sweep run core-7b retention-7b --out bench/results/nvidia-h200/sweeps
+    python -m bench.sweep run core-7b --out bench/results/nvidia-h200/sweeps
+    python -m bench.sweep run core-7b retention-7b --out DIR    # together: one start, one base
     python -m bench.sweep run --quick --out DIR         # a minute on a CPU
     python -m bench.sweep table bench/results/nvidia-h200/sweeps
 
-A shard writes one JSONL file for each engine that it starts, with a line for each point as it ends:
+A run writes one JSONL file for each engine that it starts, with a line for each point as it ends:
 what was asked, what came of every request, counters and the ceiling. A point that is there is not
-run again, so an interrupted shard is resumed by the same command. `table` makes table.csv of all
+run again, so an interrupted run is resumed by the same command. `table` makes table.csv of all
 files in a folder, wherever they were measured. Points that need the base's saturated rate get it
-from the base on the same pool, which each file measures first.
+from the base on the same pool, which each file measures first; shards that are run together share
+engines and bases.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ NOT_IN_TABLE = ("requests", "key")
 
 
 def with_bases(points: Sequence[Point]) -> list[Point]:
-    """The points with, before all others, the saturated base on each pool that they use."""
+    """The points, each once, with, before all others, the saturated base on each of their pools."""
     bases: dict[tuple[Any, ...], Point] = {}
     for point in points:
         bases.setdefault(base_name(point), base_of(point))
-    return [*bases.values(), *points]
+    return [*bases.values(), *{point.key: point for point in points}.values()]
 
 
 def base_of(point: Point) -> Point:
@@ -59,7 +61,9 @@ def base_of(point: Point) -> Point:
 
 def base_name(point: Point) -> tuple[Any, ...]:
     """What two points have in common that are measured against one base."""
-    return point.pool, point.input_range, point.output_range, point.seed
+    is_base = point.figure == "base"
+    num_requests = point.num_requests if is_base else point.base_requests
+    return point.pool, point.input_range, point.output_range, point.seed, num_requests
 
 
 class ShardRun:
@@ -177,18 +181,18 @@ def write_tidy(folder: Path) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Every engine in a process of its own, so that each has the whole device; exit status."""
-    shards = {"quick": QUICK} if args.quick else {name: SHARDS[name] for name in args.shards}
+    name = "quick" if args.quick else "+".join(args.shards)
+    points = QUICK if args.quick else [point for shard in args.shards for point in SHARDS[shard]]
     groups = [
-        (name, spec, points)
-        for name, all_points in shards.items()
-        for spec, points in by_engine(all_points).items()
+        (spec, of_spec)
+        for spec, of_spec in by_engine(points).items()
         if args.engine in (None, spec.name)
     ]
     if len(groups) > 1:
-        return max(_run_in_child(args, name, spec) for name, spec, _ in groups)
+        return max(_run_in_child(args, spec) for spec, _ in groups)
     status = 0
-    for name, spec, points in groups:
-        shard = ShardRun(spec, points, args.out / f"{name}.{spec.name}.jsonl")
+    for spec, of_spec in groups:
+        shard = ShardRun(spec, of_spec, args.out / f"{name}.{spec.name}.jsonl")
         left = shard.run(args, time.monotonic() + args.deadline)
         if left:
             print(f"{name}: {left} points are left; the same command goes on with them")
@@ -197,8 +201,8 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _run_in_child(args: argparse.Namespace, name: str, spec: EngineSpec) -> int:
-    command = [sys.executable, "-m", "bench.sweep", "run", *([] if args.quick else [name])]
+def _run_in_child(args: argparse.Namespace, spec: EngineSpec) -> int:
+    command = [sys.executable, "-m", "bench.sweep", "run", *args.shards]
     command += ["--quick"] if args.quick else []
     command += ["--engine", spec.name, "--out", str(args.out), "--deadline", str(args.deadline)]
     for option, value in (

@@ -46,6 +46,15 @@ def test_every_point_has_a_key_of_its_own_in_its_shard() -> None:
         assert len({point.key for point in points}) == len(points)
 
 
+def test_shards_that_are_run_together_share_bases_that_drain_as_their_points_do() -> None:
+    together = with_bases([*SHARDS["retention-7b"], *SHARDS["core-7b"], *SHARDS["retention-7b"]])
+    assert len({point.key for point in together}) == len(together)
+    bases = [point for point in together if point.figure == "base"]
+    assert [(base.pool, base.num_requests) for base in bases] == [("full", 768), ("24 GB", 256)]
+    merged = with_bases([*SHARDS["core-7b"], *SHARDS["merged"]])
+    assert ("full", 512) in [(p.pool, p.num_requests) for p in merged if p.figure == "base"]
+
+
 def test_every_point_is_measured_against_a_base_on_its_own_pool() -> None:
     for points in SHARDS.values():
         whole = with_bases(points)

@@ -86,7 +86,8 @@ def test_impossible_arguments_are_refused() -> None:
         add_rms_norm(x, x[:1], weight, EPS, implementation="xla")
     with pytest.raises(ValueError, match="disagree"):
         add_rms_norm(x, x, weight.astype(jnp.bfloat16), EPS, implementation="xla")
-    with pytest.raises(ValueError, match="is not float32 \\(2, 64\\)"):
-        add_rms_norm(x, x, weight, EPS, x[:1], implementation="xla")
+    for lora in (x[:, :32], np.zeros((3, 64), np.float32), x[0]):
+        with pytest.raises(ValueError, match="is not float32 \\(2, 64\\) or fewer rows"):
+            add_rms_norm(x, x, weight, EPS, lora, implementation="xla")
     with pytest.raises(ValueError, match="'tpu' is not one that"):
         add_rms_norm(x, x, weight, EPS, implementation="tpu")
