@@ -77,7 +77,7 @@ def measure(
     num_bytes = sum(lease.version.packed.num_bytes for lease in held.values())
     for lease in held.values():
         core._registry.release(lease)
-    cold_s, warm_s = np.median(seconds[WARM_UPS:], axis=0)
+    cold_s, warm_s = np.median(seconds[WARM_UPS:], axis=0).tolist()
     return {
         "prompt": num_prompt,
         "adapters": len(names) - WARM_UPS,

@@ -181,7 +181,7 @@ def write_tidy(folder: Path) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Every engine in a process of its own, so that each has the whole device; exit status."""
-    name = "quick" if args.quick else "+".join(args.shards)
+    name = "quick" if args.quick else "_".join(args.shards)
     points = QUICK if args.quick else [point for shard in args.shards for point in SHARDS[shard]]
     groups = [
         (spec, of_spec)
