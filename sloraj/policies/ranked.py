@@ -2,7 +2,8 @@
 
 priority   the lower value first; waiting `priority_ageing_s` counts as one level, so the order of
            two sequences never changes, and nobody waits for ever.
-vtc        the tenant that was served least first (`tenants.py`); among its own, as by priority.
+vtc        the tenant that was served least first (`tenants.py`); among its own, as by priority;
+           with a tolerance, first come first served among tenants that were served about alike.
 clustering on top of any order, first come first served included (`clustering.py`).
 """
 
@@ -44,7 +45,8 @@ class RankedOrder:
         self._arrivals: OrderedDict[Sequence, _Arrival] = OrderedDict()
         self._everyone = Account("")  # without tenants
         is_fair = settings.queue_order == "vtc"
-        self._tenants = Tenants(settings.tenant_weights, self._ranking) if is_fair else None
+        tenants = Tenants(settings.tenant_weights, self._ranking, settings.tenant_tolerance)
+        self._tenants = tenants if is_fair else None
         self._admitted: dict[Sequence, tuple[Account, float]] = {}  # and what a token costs it
         is_clustered = settings.cluster_adapters is not None
         self._clustering = Clustering(settings, clock) if is_clustered else None

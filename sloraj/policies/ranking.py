@@ -1,7 +1,7 @@
-"""Sequences in the order of their accounts' counters, which may rise at any moment.
+"""Sequences in the order of their accounts' levels, which may rise at any moment.
 
 Every account has a line, sorted by score and then by arrival. The lines stand in a heap under
-(counter, arrival of the head); an account that is charged does not move: its entry is then too low,
+(level, arrival of the head); an account that is charged does not move: its entry is then too low,
 and is set right when it comes to the top. So a charge costs nothing here, and every other operation
 O(log n), amortised over the charges.
 """
@@ -12,23 +12,39 @@ import bisect
 import dataclasses
 import heapq
 import itertools
+import math
 
 from sloraj.errors import InternalError
 from sloraj.request import Sequence
 
 Item = tuple[float, int, Sequence]  # score, tag (tags grow with arrival), the sequence
-Entry = tuple[float, int, int, "Line"]  # counter, tag of the head, a number without ties, line
+Entry = tuple[float, int, int, "Line"]  # level, tag of the head, a number without ties, line
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Account:
-    """What a tenant has been served, over its weight: `counter` only rises."""
+    """What a tenant has been served, over its weight: `counter` only rises.
+
+    Accounts are ranked by the level of their counters: those that differ by less than `tolerance`
+    may stand on one, where whoever came first is first.
+    """
 
     tenant: str
     weight: float = 1.0
+    tolerance: float = 0.0
     counter: float = 0.0
     num_waiting: int = 0  # for the first admission
     num_admitted: int = 0  # and not finished
+
+    @property
+    def level(self) -> float:
+        return self.level_of(self.counter)
+
+    def level_of(self, counter: float) -> float:
+        """The least counter that counts as this one."""
+        if not self.tolerance:
+            return counter
+        return math.floor(counter / self.tolerance) * self.tolerance
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -104,10 +120,10 @@ class Ranking:
 
     def _rank(self, line: Line) -> None:
         """Enter a line, or enter it anew if it moves up: what moves down is found out in time."""
-        counter, tag = line.account.counter, line.items[0][1]
+        level, tag = line.account.level, line.items[0][1]
         old = line.entry
-        if old is None or counter < old[0] or (counter == old[0] and tag < old[1]):
-            line.entry = (counter, tag, next(self._numbers), line)
+        if old is None or level < old[0] or (level == old[0] and tag < old[1]):
+            line.entry = (level, tag, next(self._numbers), line)
             heapq.heappush(self._entries, line.entry)
             if len(self._entries) > 64 + 2 * len(self._lines):
                 self._entries = [line.entry for line in self._lines.values() if line.entry]
@@ -122,10 +138,10 @@ class Ranking:
             if entry is not line.entry:
                 heapq.heappop(entries)
                 continue
-            counter, tag = line.account.counter, line.items[0][1]
-            if counter == entry[0] and tag == entry[1]:
+            level, tag = line.account.level, line.items[0][1]
+            if level == entry[0] and tag == entry[1]:
                 return line
-            line.entry = (counter, tag, entry[2], line)
+            line.entry = (level, tag, entry[2], line)
             heapq.heapreplace(entries, line.entry)
         return None
 
@@ -145,5 +161,5 @@ class Ranking:
                 raise InternalError(f"tenant {account.tenant!r}: its line is empty or not sorted")
             if line.entry is None or id(line.entry) not in entries:
                 raise InternalError(f"tenant {account.tenant!r}: its line is not in the heap")
-            if line.entry[:2] > (account.counter, keys[0][1]):
+            if line.entry[:2] > (account.level, keys[0][1]):
                 raise InternalError(f"tenant {account.tenant!r}: its line stands too low")

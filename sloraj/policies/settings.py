@@ -23,6 +23,7 @@ class QueueConfig:
     priority_ageing_s: float = 10.0
     tenant_weights: tuple[tuple[str, float], ...] = ()
     tenant_max_waiting: int | None = None
+    tenant_tolerance: float = 0.0
     prompt_token_cost: float = 1.0
     output_token_cost: float = 2.0
     adapter_cost: float = 1.0
@@ -36,7 +37,7 @@ class QueueConfig:
         self._require(self.queue_order in ORDERS, "queue_order", f"{', '.join(ORDERS)}")
         for name in ("priority_ageing_s", "prompt_token_cost", "output_token_cost"):
             self._require(_is_finite_above(getattr(self, name), 0.0), name, "above 0")
-        for name in ("adapter_cost", "adapter_load_cost", "cluster_max_lead"):
+        for name in ("adapter_cost", "adapter_load_cost", "cluster_max_lead", "tenant_tolerance"):
             value = getattr(self, name)
             self._require(value == 0 or _is_finite_above(value, 0.0), name, "0 and up")
         for name in ("cluster_adapters", "cluster_max_overtakes", "tenant_max_waiting"):

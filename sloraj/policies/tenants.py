@@ -17,8 +17,10 @@ MAX_IDLE_TENANTS = 65_536  # remembered without any request, because they are ab
 class Tenants:
     """Accounts by name. `ranking` holds the waiting sequences, under the accounts made here."""
 
-    def __init__(self, weights: tuple[tuple[str, float], ...], ranking: Ranking) -> None:
-        self._weights = dict(weights)
+    def __init__(
+        self, weights: tuple[tuple[str, float], ...], ranking: Ranking, tolerance: float = 0.0
+    ) -> None:
+        self._weights, self._tolerance = dict(weights), tolerance
         self._ranking = ranking
         self._accounts: dict[str, Account] = {}
         self._idle: OrderedDict[Account, None] = OrderedDict()  # idle longest first
@@ -30,20 +32,20 @@ class Tenants:
         return len(self._accounts)
 
     def floor(self) -> float:
-        """The least counter of those that wait; without any, that of the last that waited.
+        """The least level of those that wait; without any, that of the last that waited.
 
         It never falls: counters only rise, and nobody comes in below it.
         """
         account = self._ranking.first_account() or self._last
         if account is not None:
-            self._floor = max(self._floor, account.counter)
+            self._floor = max(self._floor, account.level)
         return self._floor
 
     def arrive(self, tenant: str) -> Account:
         """The account under which a new sequence waits; to be called before it is ranked."""
         account = self._accounts.get(tenant)
         if account is None:
-            account = Account(tenant, self._weights.get(tenant, 1.0))
+            account = Account(tenant, self._weights.get(tenant, 1.0), self._tolerance)
             self._accounts[tenant] = account
         self._idle.pop(account, None)
         if account.num_waiting == 0:

@@ -48,9 +48,9 @@ class Walk:
             position.is_own = True
         for item in items:
             bisect.insort(position.items, item, lo=position.place)
-        counter = self._counters.get(account, account.counter)
         head = position.items[position.place]
-        heapq.heappush(self._frontier, (counter, head[1], next(self._numbers), position))
+        entry = (self._level(account), head[1], next(self._numbers), position)
+        heapq.heappush(self._frontier, entry)
 
     def peek(self) -> Item | None:
         """The first that is not taken."""
@@ -63,7 +63,7 @@ class Walk:
                 continue
             if not frontier:
                 return None
-            counter, tag, number, position = frontier[0]
+            level, tag, number, position = frontier[0]
             items, place = position.items, position.place
             while place < len(items) and items[place][2] in taken:
                 place += 1
@@ -72,18 +72,21 @@ class Walk:
                 heapq.heappop(frontier)
                 continue
             item = items[place]
-            now = self._counters.get(position.account, position.account.counter)
-            if now == counter and item[1] == tag:
+            now = self._level(position.account)
+            if now == level and item[1] == tag:
                 return item
             heapq.heapreplace(frontier, (now, item[1], number, position))
 
     def _pull(self, entry: Entry) -> None:
         """Take over a line; where it stands is set right when it comes to the top."""
-        counter, tag, _, line = entry
+        level, tag, _, line = entry
         if line.account not in self._positions:
             position = _Position(line.account, line.items)
             self._positions[line.account] = position
-            heapq.heappush(self._frontier, (counter, tag, next(self._numbers), position))
+            heapq.heappush(self._frontier, (level, tag, next(self._numbers), position))
+
+    def _level(self, account: Account) -> float:
+        return account.level_of(self._counters.get(account, account.counter))
 
 
 def _is_before(entry: Entry, other: tuple[float, int, int, _Position]) -> bool:

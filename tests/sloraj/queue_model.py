@@ -65,7 +65,8 @@ class QueueModel:
         tenant = sequence.tenant
         if not any(s.tenant == tenant for s in self.new):
             waiting = [self.counters[s.tenant] for s in self.new]
-            floor = min(waiting) if waiting else self.counters.get(self.last or "", 0.0)
+            least = min(waiting) if waiting else self.counters.get(self.last or "", 0.0)
+            floor = self.level(least)
             self.counters[tenant] = max(self.counters.get(tenant, 0.0), floor)
         self.overtakes_at_arrival[sequence.tag] = self.overtakes
         self.new.append(sequence)
@@ -125,7 +126,13 @@ class QueueModel:
         heads: dict[str, Sequence] = {}
         for sequence in sorted(sequences, key=self.urgency):
             heads.setdefault(sequence.tenant, sequence)
-        return min(heads.values(), key=lambda s: (self.counters[s.tenant], s.tag), default=None)
+        levels = {tenant: self.level(self.counters[tenant]) for tenant in heads}
+        return min(heads.values(), key=lambda s: (levels[s.tenant], s.tag), default=None)
+
+    def level(self, counter: float) -> float:
+        """Counters from a multiple of the tolerance to the next count as that multiple."""
+        tolerance = self.settings.tenant_tolerance
+        return counter - counter % tolerance if tolerance else counter
 
     def in_turn(self) -> Sequence | None:
         return self.best(self.new)

@@ -36,6 +36,7 @@ from sloraj.errors import ConfigError
         ("adapter_load_cost", float("nan")),
         ("cluster_adapters", 0),
         ("tenant_max_waiting", 0),
+        ("tenant_tolerance", -1.0),
         ("tenant_max_waiting", 5),  # nothing would heed it
         ("tenant_weights", (("a", 2.0),)),  # nor that
         ("cluster_max_overtakes", 0),

@@ -175,6 +175,14 @@ def test_what_two_backlogged_tenants_receive_differs_by_no_more_than_the_bound(
         assert (driver.core.stats()["preemptions"] > 0) == (num_pages == 18)
 
 
+@pytest.mark.parametrize("tolerance", [50.0, 400.0])
+def test_a_tolerance_widens_the_bound_by_no_more_than_itself(tolerance: float) -> None:
+    queue = {"tenant_tolerance": tolerance}
+    driver = fair(num_pages=60, max_adapter_slots=3, queue=queue)
+    gap = Flood(driver, (GREEDY, SHY), seed=0).widest_gap("greedy", "shy", 600)
+    assert gap <= limit_of(GREEDY, SHY) + 2 * tolerance
+
+
 def test_first_come_first_served_breaks_that_bound() -> None:
     driver = fair(
         num_pages=60, queue={"queue_order": "fcfs", "tenant_weights": ()}, max_adapter_slots=3

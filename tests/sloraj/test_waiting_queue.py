@@ -118,15 +118,17 @@ class Twins:
 
 
 def every_settings() -> Iterator[tuple[str, QueueConfig]]:
-    for order, (name, cluster) in itertools.product(ORDERS, CLUSTERS.items()):
+    kinds = [(order, 0.0) for order in ORDERS] + [("vtc", 48.0)]
+    for (order, tolerance), (name, cluster) in itertools.product(kinds, CLUSTERS.items()):
         settings = QueueConfig(
             queue_order=order,
             priority_ageing_s=4.0,
             tenant_weights=(("a", 2.0), ("f", 0.5)) if order == "vtc" else (),
             adapter_load_cost=32.0,
+            tenant_tolerance=tolerance,
             **cluster,
         )
-        yield f"{order}, {name}", settings
+        yield f"{order}, {name}, tolerance {tolerance}", settings
 
 
 @pytest.mark.parametrize("settings", [pytest.param(s, id=n) for n, s in every_settings()])
@@ -173,6 +175,20 @@ def drain(queue: WaitingQueue) -> list[Sequence]:
 
 def queue_of(settings: QueueConfig) -> WaitingQueue:
     return make_queue(settings, BaseBytes(), lambda: 0.0, lambda sequence: 0)
+
+
+@pytest.mark.parametrize(("tolerance", "order"), [(0.0, [0, 2, 1]), (1e6, [0, 1, 2])])
+def test_within_the_tolerance_who_came_first_is_served_first(
+    tolerance: float, order: list[int]
+) -> None:
+    queue = queue_of(QueueConfig(queue_order="vtc", tenant_tolerance=tolerance))
+    waiting = [
+        new_sequence(tag, tenant=tenant, arrival_s=float(tag), num_prompt=10)
+        for tag, tenant in enumerate(["one", "one", "other"])
+    ]
+    for sequence in waiting:
+        queue.add(sequence)
+    assert drain(queue) == [waiting[place] for place in order]
 
 
 def test_the_lower_priority_value_is_served_first_and_equals_by_arrival() -> None:
