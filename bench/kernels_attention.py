@@ -25,8 +25,9 @@ import jax
 import numpy as np
 
 from bench.attention_cases import Batch, attend, make_inputs, random_pool
-from bench.floors import Peaks, limit_s, measure_peaks
+from bench.floors import Peaks, limit_s
 from bench.kernel_timing import compile_calls
+from bench.peaks import measure_peaks
 from bench.profile_step import module_kernels, seconds_of_runs
 from bench.record import command, commit, record
 from bench.summary import target, worst_target

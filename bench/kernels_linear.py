@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.floors import limit_s, measure_peaks
+from bench.floors import limit_s
 from bench.linear_cases import DTYPES, SHAPES, Case, compile_all, describe, time_all
+from bench.peaks import measure_peaks
 from bench.record import command, commit, record
 from bench.summary import worst_target
 from bench.tune_linear import ints

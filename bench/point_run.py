@@ -10,10 +10,11 @@ from bench.ceiling import retention_ceiling
 from bench.clock import MonotonicClock
 from bench.columns import to_columns
 from bench.measures import measures, point_trace
+from bench.point_setup import generate_fields
 from bench.points import Point
 from bench.replay import Replay
 from bench.sweep_engine import SweepEngine
-from bench.trace import Request, digest, rate
+from bench.trace import digest, rate
 
 
 def run_point(
@@ -52,11 +53,3 @@ def run_point(
         "steps": result.steps,
         "requests": to_columns(result.outcomes),
     }
-
-
-def generate_fields(point: Point, index: int, request: Request) -> dict[str, Any]:
-    """What `Generate` says of a request beyond its tokens and adapter: whose it is, and how urgent.
-
-    The lower a priority, the earlier its turn: newest first is one lower for each request.
-    """
-    return {"tenant": request.tenant, "priority": -index if point.newest_first else 0}

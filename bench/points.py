@@ -93,6 +93,14 @@ class Point:
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found | {"policies": dict(self.policies), "pool": self.pool}
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Point:
+        """What `record` wrote. Raises TypeError if it is of something else."""
+        given = {name: _tuples(value) for name, value in found.items() if name != "pool"}
+        given["engine"] = EngineSpec(**found["engine"])
+        given["policies"] = tuple((k, _tuples(v)) for k, v in found["policies"].items())
+        return cls(**given)
+
     @property
     def key(self) -> str:
         """Names exactly this point: its record is found by it when a run is resumed."""
@@ -103,3 +111,8 @@ class Point:
             if field.name not in NOT_IN_KEY and value != getattr(default, field.name):
                 words.append(f"{field.name}={value}")
         return " ".join(words)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -26,6 +26,7 @@ from bench.report_rows import rows_of
 from bench.report_sections import Section, num_adapters, ranks, table_3
 from bench.report_simulated import NAME, many_adapters, read_simulated, tensor_parallel
 from bench.report_targets import targets
+from bench.simulator.sweep_points import SIMULATED
 from bench.sweep import read_all, write_tidy
 
 SECTIONS = (
@@ -35,7 +36,7 @@ SECTIONS = (
 )  # fmt: skip
 
 MARKDOWN = """\
-# The paper's evaluation, and ours
+# The paper's evaluation, and ours{{ ": SIMULATED" if is_simulated }}
 
 {{ origin }}
 
@@ -57,10 +58,12 @@ are random tokens; lengths are the paper's.
 {% endfor %}
 {%- endfor %}
 {%- if section.missing %}
-Not measured ({{ section.missing | length }}):
+<details><summary>Not measured ({{ section.missing | length }})</summary>
 {% for key in section.missing %}
 * `{{ key }}`
 {%- endfor %}
+
+</details>
 {% endif %}
 {%- endfor %}"""
 
@@ -76,7 +79,7 @@ th, td { border-bottom: 1px solid #ddd; padding: 2px 10px; text-align: right }
 th:first-child, td:first-child { text-align: left }
 img { max-width: 100% }
 </style>
-<h1>The paper's evaluation, and ours</h1>
+<h1>The paper's evaluation, and ours{{ ": SIMULATED" if is_simulated }}</h1>
 <p>{{ origin }}</p>
 <p>Made by <code>python -m bench.report</code> from the records beside it. Throughput is finished
 requests over wall time, drain included. Prompts are random tokens; lengths are the paper's.</p>
@@ -113,10 +116,12 @@ def make_report(folder: Path, simulated: Path | None = None) -> dict[str, Any]:
     made += [many_adapters(points), tensor_parallel(points)]
     sections: list[tuple[Section, bool]] = []
     for section in made:
-        has_plot = draw(section.panels, folder / "plots" / f"{section.figure}.png")
+        panels = () if section.is_empty else section.panels
+        has_plot = draw(panels, folder / "plots" / f"{section.figure}.png")
         sections.append((section, has_plot))
     origin = origin_of(records)
-    page = {"sections": sections, "origin": origin}
+    is_simulated = any(str(record["device"]).startswith(SIMULATED) for record in records)
+    page = {"sections": sections, "origin": origin, "is_simulated": is_simulated}
     (folder / "report.md").write_text(_render(MARKDOWN, page, is_html=False).rstrip() + "\n")
     (folder / "report.html").write_text(_render(HTML, page, is_html=True))
     write_tidy(folder)

@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 
-from bench.floors import Peaks, measure_peaks
+from bench.floors import Peaks
 from bench.geometries import GEOMETRIES, write_geometry
+from bench.peaks import measure_peaks
 from bench.profile_step import profile
 from bench.random_adapters import random_adapter_loader
 from bench.record import command, commit, record

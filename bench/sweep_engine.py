@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from bench.adapter_files import write_adapters
 from bench.geometries import write_geometry
+from bench.point_setup import capped_pool_bytes, core_config
 from bench.points import EngineSpec, Point
 from bench.random_adapters import random_adapter_loader, random_path
 from bench.replay import default_adapter_name
 from bench.settings import SETTINGS
-from bench.simulator.geometry import weight_bytes
 from checkpoints.demo import MODEL_DIR
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig
@@ -29,25 +29,12 @@ from sloraj.adapters.layout import Allocate
 from sloraj.adapters.loader import NUM_THREADS
 from sloraj.batch import PackedAdapter
 from sloraj.build import build_core
-from sloraj.config import EngineConfig, PoolLayout, SchedulerConfig
+from sloraj.config import EngineConfig, PoolLayout
 from sloraj.core import EngineCore
 from sloraj.runner import DeviceRunner
 from sloraj.runner.memory import ITEMSIZE
 
-WORKSPACE_BYTES = 2_500_000_000  # of a capped total, what is neither weights nor pool
-
 Loaded = tuple[PackedAdapter, dict[str, Any]]
-
-
-def capped_pool_bytes(config: ModelConfig, total_gb: float) -> int:
-    """What a device of so many GB leaves for the pool. Raises ValueError if that is nothing."""
-    left = int(total_gb * 1e9) - weight_bytes(config) - WORKSPACE_BYTES
-    if left <= 0:
-        raise ValueError(
-            f"{total_gb:g} GB: got {weight_bytes(config) / 1e9:.1f} GB of weights and "
-            f"{WORKSPACE_BYTES / 1e9:.1f} GB of workspace, allowed: less than the total"
-        )
-    return left
 
 
 class SweepEngine:
@@ -121,13 +108,7 @@ class SweepEngine:
         gc.collect()  # of the core before: it holds adapters
         self._runner._staged.clear()  # what it sent and never installed; tags start anew
         num_pages = self.num_pages(point)
-        config = dataclasses.replace(
-            with_policies(self._config, self._engine_config, dict(point.policies)),
-            num_pages=num_pages,
-        )
-        if point.adapter_share is not None:
-            share = int(point.adapter_share * (num_pages - 1))
-            config = dataclasses.replace(config, num_adapter_pages=share)
+        config = core_config(self._config, self._engine_config, point, num_pages)
         adapters = adapter_paths(point)
         wanted = {(path, point.pad_ranks) for _, path in adapters}
         self._packed = {key: value for key, value in self._packed.items() if key in wanted}
@@ -157,28 +138,3 @@ def adapter_paths(point: Point) -> list[tuple[str, str]]:
         (default_adapter_name(i), random_path(setting.adapter_rank(i), i, point.modules))
         for i in range(point.num_adapters)
     ]
-
-
-def with_policies(
-    config: SchedulerConfig, engine: EngineConfig, changes: Mapping[str, Any]
-) -> SchedulerConfig:
-    """The scheduler's configuration after these fields of EngineConfig have changed.
-
-    Raises ValueError: a change that the scheduler's side never sees, or no field's name.
-    """
-    known = {field.name for field in dataclasses.fields(EngineConfig)}
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"policies: got {name!r}, allowed: a field of EngineConfig")
-    changed = dataclasses.replace(engine, **changes)
-    seen = {
-        field.name: getattr(changed, field.name)
-        for field in dataclasses.fields(SchedulerConfig)
-        if hasattr(changed, field.name)
-        and getattr(changed, field.name) != getattr(engine, field.name)
-    }
-    if changed != engine and not seen:
-        raise ValueError(
-            f"policies: got {sorted(changes)}, allowed: fields that the scheduler sees"
-        )
-    return dataclasses.replace(config, **seen)

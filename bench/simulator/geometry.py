@@ -44,6 +44,11 @@ def device_pool_bytes(geometry: str, tp: int = 1) -> float:
     return GPU_BYTES - weight_bytes(model_config(geometry)) / tp - WORKSPACE_BYTES
 
 
+def page_bytes(layout: PoolLayout) -> int:
+    """Of a page on each device, all layers."""
+    return layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+
+
 def describe_geometry(
     geometry: str,
     *,
@@ -62,17 +67,17 @@ def describe_geometry(
         num_layers=model.num_layers, num_kv_heads=max(1, model.num_kv_heads // tp),
         head_dim=model.head_dim, page_size=page_size, tp=tp, dtype="bfloat16",
     )  # fmt: skip
-    page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+    size = page_bytes(layout)
     buckets = make_buckets(max_num_seqs, max_num_batched_tokens, page_size, BLOCK_Q)
     buckets = dataclasses.replace(buckets, lora_variants=tuple(MODULES))
     scheduler = SchedulerConfig(
-        num_pages=int(pool_bytes // page_bytes), page_size=page_size,
+        num_pages=int(pool_bytes // size), page_size=page_size,
         max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, max_adapter_slots=max_adapter_slots,
         max_num_waiting=1_000_000, max_rank=div_ceil(max_rank, tp) * tp,
         vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids,
         token_buckets=tuple(bucket.num_tokens for bucket in buckets.mixed),
-        install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // page_bytes),
+        install_pages_per_step=max(1, INSTALL_BYTES_PER_STEP // size),
     )  # fmt: skip
     return EngineDescription(
         geometry=geometry, model=model, layout=layout, scheduler=scheduler, buckets=buckets

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.outcome import Outcome
+from bench.points import Point
 from bench.records import RecordError, RecordFile, read_records
 from bench.simulator.engine import EngineDescription
 from bench.simulator.features import FIELDS, StepFeatures
@@ -52,6 +53,7 @@ class RecordedRun:
     adapter_ranks: list[int]
     steps: list[TracedStep]
     outcomes: list[Outcome]
+    point: Point | None = None  # of a sweep
 
     @property
     def trace(self) -> list[Request]:

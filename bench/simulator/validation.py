@@ -9,6 +9,7 @@ import numpy as np
 
 from bench.clock import SimulatedClock
 from bench.outcome import Outcome
+from bench.point_setup import generate_fields
 from bench.replay import Replay, ReplayResult
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.engine import register, simulated_core
@@ -16,6 +17,7 @@ from bench.simulator.run_file import RecordedRun
 from bench.slo import attainment, throughput
 from bench.summary import target
 from bench.trace import Request
+from sloraj.core import EngineCore
 
 NUMBER = "C5"  # of the targets of the reproduction of the paper
 THROUGHPUT_ERROR, FIRST_TOKEN_ERROR = 0.05, 0.10
@@ -26,13 +28,25 @@ def predict(run: RecordedRun, model: DeviceModel) -> ReplayResult:
     clock = SimulatedClock()
     core = simulated_core(run.engine, model, clock)
     register(core, run.adapter_ranks)
+    return replay(core, run, clock)
+
+
+def replay(core: EngineCore, run: RecordedRun, clock: SimulatedClock) -> ReplayResult:
+    """The run's requests, whose tokens nothing depends on."""
+    point = run.point
 
     def same(index: int, request: Request) -> list[int]:
         return [0] * request.num_prompt_tokens
 
+    def fields(index: int, request: Request) -> dict[str, Any]:
+        if point is None:
+            return {"tenant": request.tenant}
+        return generate_fields(point, index, request)
+
     return Replay(
-        core, run.trace, clock, vocab_size=run.engine.scheduler.vocab_size, prompt=same
-    ).run()
+        core, run.trace, clock, vocab_size=run.engine.scheduler.vocab_size, prompt=same,
+        model=run.engine.model, fields=fields, give_up_s=None if point is None else point.give_up_s,
+    ).run()  # fmt: skip
 
 
 def compare(run: RecordedRun, model: DeviceModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bench.report_rows import missing, pick, rows_of
 from bench.report_targets import targets
 from bench.shards import SHARDS
 from bench.summary import collect
-from bench.sweep import base_of
+from bench.sweep_bases import base_of
 
 POINT = next(p for p in SHARDS["core-7b"] if p.setting == "S2" and p.num_adapters == 200)
 

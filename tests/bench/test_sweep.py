@@ -14,14 +14,16 @@ from bench.columns import from_columns, to_columns
 from bench.geometries import write_geometry
 from bench.measures import measures, point_trace, steady
 from bench.point_run import run_point
+from bench.point_setup import capped_pool_bytes, with_policies
 from bench.points import Point
 from bench.records import RecordError, read_records
 from bench.report import make_report
 from bench.settings import KV_BUDGETS
 from bench.shards import QUICK, SHARDS, TINY
 from bench.slo import summarise
-from bench.sweep import ShardRun, base_name, base_of, with_bases
-from bench.sweep_engine import SweepEngine, capped_pool_bytes, with_policies
+from bench.sweep import ShardRun
+from bench.sweep_bases import base_name, base_of, with_bases
+from bench.sweep_engine import SweepEngine
 from checkpoints.hf_config import read_model_config
 from sloraj.config import EngineConfig
 from tests.bench.outcomes import outcome

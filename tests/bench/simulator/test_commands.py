@@ -15,7 +15,7 @@ from bench.simulator.validation import THROUGHPUT_ERROR
 ROOT = Path(__file__).parents[3]
 MODULES = (
     "bench.record_runs", "bench.simulator.fit", "bench.simulator.validate",
-    "bench.simulator.fit_results", "bench.simulator.fleet", "bench.simulator.beyond",
+    "bench.simulator.fit_sweeps", "bench.simulator.fleet", "bench.simulator.beyond",
 )  # fmt: skip
 
 
