@@ -19,7 +19,7 @@ QV = ("q_proj", "v_proj")
 AT_ONCE = 768  # requests of a saturated point on a full pool: three times the rows
 CAPPED = {24: 256, 40: 512, 80: 768}  # and on a pool of so many GB, which holds fewer
 FAIR = (("queue_order", "vtc"),)
-TOLERANT = (*FAIR, ("tenant_tolerance", 4000.0))  # about three requests of service
+TOLERANT = (*FAIR, ("tenant_tolerance", 8000.0))  # some six requests of service
 NEWEST = (("queue_order", "priority"), ("priority_ageing_s", 1e9))
 
 # What is turned off or replaced, one at a time; each line of an ablation is one of them.
@@ -86,7 +86,7 @@ CLUSTERS = {f"d = {d}": {"policies": (("cluster_adapters", d),)} for d in (1, 2,
 FAIRNESS: dict[str, dict[str, Any]] = {"first come": {}, "vtc": {"policies": FAIR}}
 
 ABORTS: dict[str, dict[str, Any]] = {  # who is served when not all can be
-    "sloraj": {"policies": (*TOLERANT, ("early_abort", "model"), ("first_token_slo_s", SLO_S))},
+    "sloraj": {"policies": (*TOLERANT, ("early_abort", "largest"), ("first_token_slo_s", SLO_S))},
     "strictly fair": {"policies": (*FAIR, ("early_abort", "model"), ("first_token_slo_s", SLO_S))},
     "first come": {},
     "newest first": {"policies": NEWEST, "newest_first": True},
@@ -99,7 +99,7 @@ POLICIES: dict[str, dict[str, Any]] = {  # one taken away or replaced at a time
     "retention: the paper's": {"policies": (("retention", "paper"),)},
     "all four on": {
         "policies": (
-            *TOLERANT, ("cluster_adapters", 32), ("early_abort", "model"),
+            *TOLERANT, ("cluster_adapters", 32), ("early_abort", "largest"),
             ("first_token_slo_s", SLO_S),
         ),
     },

@@ -55,7 +55,7 @@ class EngineConfig:
     retention: str = "cost"  # which idle adapters stay on the device: "cost", "lru", "paper"
     prefetch: bool = True  # send adapters of waiting requests ahead
     first_token_slo_s: float | None = None  # objective: seconds to a request's first token
-    early_abort: str | None = None  # refuse what would miss it: "model", "paper"; None: nothing
+    early_abort: str | None = None  # refuse what would miss it: see policies/early_abort.py
     kernels: str | None = None  # "xla", "triton", "mosaic", "bmm"; None: the best known of each op
     adapter_pool_bytes: int | None = None  # of the pool, for adapters alone; None: it is shared
     merged_adapter: str | None = None  # a directory; added into the base's weights at load
@@ -123,12 +123,12 @@ class EngineConfig:
 
     def _check_early_abort(self) -> None:
         kind = self.early_abort
-        allowed = "'model', 'paper', or none"
+        allowed = "'model', 'largest', 'paper', or none"
         if kind is not None and self.first_token_slo_s is None:
             allowed = "none, unless first_token_slo_s says what a request is to be refused for"
         elif kind == "paper" and (self.queue_order != "fcfs" or self.cluster_adapters is not None):
-            allowed = "'model' or none with another queue_order than fcfs or with cluster_adapters"
-        elif kind in (None, "model", "paper"):
+            allowed = "another or none with another queue_order than fcfs or with cluster_adapters"
+        elif kind in (None, "model", "largest", "paper"):
             return
         raise ConfigError(f"early_abort: got {kind!r}, allowed: {allowed}", param="early_abort")
 

@@ -1,8 +1,9 @@
 """Which waiting sequences to give up because their first token would come too late.
 
 `PaperAbort` is S-LoRA's rule (section 4.3 of arXiv:2311.03285, as its code has it); `ModelAbort`
-asks a forecast. Neither touches a sequence that runs, or whose request has had a token: its
-`deadline_s` is infinite.
+asks a forecast, and drops what is late; `LargestAbort` asks the same, and drops what makes others
+late. None touches a sequence that runs, or whose request has had a token: its `deadline_s` is
+infinite.
 """
 
 from __future__ import annotations
@@ -79,8 +80,15 @@ class ModelAbort:
         suspects = np.nonzero(now_s + (1 - LENIENCE) * forecast.first_token_s > latest_s)[0]
         if not len(suspects):
             return []
+        return self._to_drop(now_s, int(suspects[0]), latest_s.tolist())
+
+    def _to_drop(self, now_s: float, start: int, latest_s: list[float]) -> list[TooLate]:
+        """Of the forecast sequences, of which `start` is the first that may be late; `latest_s`:
+        when each must have its first token.
+        """
+        outlook = self._outlook
+        forecast, sequences = outlook.forecast, outlook.sequences
         found: list[TooLate] = []
-        start = int(suspects[0])
         first_token_s, own_s = forecast.first_token_s.tolist(), forecast.own_s.tolist()
         gained_s, alone_s = 0.0, outlook.pace.busy_s + outlook.pace.decode_step_s
         last_s = first_token_s[start - 1] if start else 0.0
@@ -97,6 +105,53 @@ class ModelAbort:
             else:
                 last_s = moved_s
         return [late._replace(retry_after_s=last_s) for late in found]
+
+
+class LargestAbort(ModelAbort):
+    """As `ModelAbort`, but when one would be late, the one goes, of those up to it, that would hold
+    most memory for longest; what comes behind moves up by its share. So the fewest are refused.
+
+    Source: Moore, "An n job, one machine sequencing algorithm for minimizing the number of late
+    jobs" (1968), which is optimal for one machine, known durations and deadlines in order.
+    """
+
+    def _to_drop(self, now_s: float, start: int, latest_s: list[float]) -> list[TooLate]:
+        outlook = self._outlook
+        sequences = outlook.sequences
+        first_token_s, own_s = (
+            values.tolist() for values in (outlook.forecast.first_token_s, outlook.forecast.own_s)
+        )
+        footprints = [self._footprint(sequence) for sequence in sequences]
+        place_s = (first_token_s[-1] - first_token_s[0]) / max(len(sequences) - 1, 1)
+        footprint_s = place_s * len(sequences) / sum(footprints)
+        alone_s = outlook.pace.busy_s + outlook.pace.decode_step_s
+        gained_s, last_s = 0.0, 0.0
+        largest: list[tuple[float, int]] = []  # a heap of those that may go, up to this place
+        found: list[TooLate] = []
+        for place, sequence in enumerate(sequences):
+            can_go = not sequence.num_in_flight and sequence.deadline_s < math.inf
+            if can_go and sequence.params.n == 1:  # several choices only go together
+                heapq.heappush(largest, (-footprints[place], place))
+            gone = -1
+            while True:
+                moved_s = max(first_token_s[place] - gained_s, alone_s + own_s[place])
+                if now_s + (1 - LENIENCE) * moved_s <= latest_s[place]:
+                    break
+                is_another = bool(largest) and -largest[0][0] >= footprints[place]
+                gone = heapq.heappop(largest)[1] if is_another else place
+                if gone != place or can_go:
+                    found.append(TooLate(sequences[gone], now_s + moved_s, 0.0))
+                    gained_s += footprint_s * footprints[gone]
+                if gone == place:
+                    break
+            if gone != place:
+                last_s = moved_s
+        return [late._replace(retry_after_s=last_s) for late in found]
+
+    def _footprint(self, sequence: Sequence) -> float:
+        """Pages that it will hold, times the steps for which it will."""
+        outputs = sequence.max_output_tokens - len(sequence.output_token_ids)
+        return (sequence.num_tokens + outputs / 2) / self._outlook.pace.page_size * max(outputs, 1)
 
 
 def _whole_requests(late: list[TooLate]) -> list[TooLate]:

@@ -8,7 +8,7 @@ from sloraj.adapters.host_store import AdapterVersion
 from sloraj.adapters.residency import Residency
 from sloraj.config import SchedulerConfig
 from sloraj.policies import prefetch
-from sloraj.policies.early_abort import ModelAbort, PaperAbort, TooLate
+from sloraj.policies.early_abort import LargestAbort, ModelAbort, PaperAbort, TooLate
 from sloraj.policies.order import Order
 from sloraj.policies.outlook import Outlook
 from sloraj.policies.prefetch import Prefetch
@@ -42,6 +42,8 @@ class Foresight:
         self.order: Order | None = None  # of the queue, where early abort decides that too
         if config.early_abort == "model":
             self._abort = ModelAbort(self._outlook)
+        elif config.early_abort == "largest":
+            self._abort = LargestAbort(self._outlook)
         elif config.early_abort == "paper":
             self._abort = self.order = PaperAbort()
         self._sparingly = Sparingly(clock, MAX_WALK_SHARE)

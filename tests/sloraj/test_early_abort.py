@@ -45,14 +45,17 @@ def test_more_requests_meet_their_objective_than_without_and_than_by_the_papers_
 ) -> None:
     rate = saturated_rate(**changes)
     attained, late = {}, {}
-    for kind in (None, "paper", "model"):
+    for kind in (None, "paper", "model", "largest"):
         driver = TimedDriver(first_token_slo_s=SLO_S, early_abort=kind, **changes)
         ids = driver.play(trace(load * rate, 12.0, cv=cv))
         attained[kind] = driver.attainment(ids, SLO_S)
         late[kind] = sum(after_s >= SLO_S for after_s in driver.first_token_after_s.values())
         late[kind] /= len(ids)
     assert attained["model"] > attained["paper"] - 0.005 and attained["model"] > attained[None]
-    assert late["model"] < 0.01  # hardly a prompt is computed in vain
+    assert attained["largest"] > attained["model"] - 0.01
+    if load > 1 and changes:  # memory or rows decide: who holds them for long makes many late
+        assert attained["largest"] > attained["model"] + 0.02
+    assert late["model"] < 0.01 and late["largest"] < 0.01  # hardly a prompt is computed in vain
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_pages": 1500}, {"max_num_seqs": 24}], ids=str)
@@ -74,8 +77,20 @@ def test_none_is_refused_that_would_have_been_in_time_for_certain(changes: dict[
     assert sum(after_s is None for after_s in first_token_after_s["model"]) > 20
 
 
-def test_no_request_is_refused_while_the_engine_keeps_up() -> None:
-    driver = TimedDriver(first_token_slo_s=SLO_S, early_abort="model")
+def test_of_a_crowd_the_largest_are_refused() -> None:
+    """Long answers hold their rows for 200 steps, short ones for 8."""
+    driver = TimedDriver(first_token_slo_s=SLO_S, early_abort="largest", max_num_seqs=16)
+    driver.play(trace(20.0, 3.0))
+    sizes = [200 if i % 2 else 8 for i in range(120)]
+    ids = driver.play([Arrival(driver.now_s, 64, size) for size in sizes])
+    refused = [size for request, size in zip(ids, sizes, strict=True) if request in driver.failures]
+    assert len(refused) > 20
+    assert refused.count(200) > 4 * refused.count(8)
+
+
+@pytest.mark.parametrize("kind", ["model", "largest"])
+def test_no_request_is_refused_while_the_engine_keeps_up(kind: str) -> None:
+    driver = TimedDriver(first_token_slo_s=SLO_S, early_abort=kind)
     ids = driver.play(trace(0.7 * saturated_rate(), 10.0))
     driver.core.check_integrity()
     assert not driver.failures
@@ -102,7 +117,7 @@ def test_the_hopeless_are_told_at_once_and_when_to_come_back() -> None:
 # --- whom it spares ---
 
 
-@pytest.mark.parametrize("kind", ["model", "paper"])
+@pytest.mark.parametrize("kind", ["model", "largest", "paper"])
 def test_a_preempted_sequence_that_has_answered_is_never_given_up(kind: str) -> None:
     driver = CoreDriver(
         num_pages=10, page_size=2, max_num_seqs=2, max_model_len=20, early_abort=kind,
@@ -117,7 +132,7 @@ def test_a_preempted_sequence_that_has_answered_is_never_given_up(kind: str) -> 
     driver.expect_clean()
 
 
-@pytest.mark.parametrize("kind", ["model", "paper"])
+@pytest.mark.parametrize("kind", ["model", "largest", "paper"])
 def test_choices_of_a_request_live_and_die_together(kind: str) -> None:
     driver = CoreDriver(max_num_seqs=1, early_abort=kind, first_token_slo_s=1.0)
     ids = [driver.generate([n] * 3, n=3, max_tokens=40) for n in (1, 2)]

@@ -49,15 +49,18 @@ POLICIES: dict[str, dict[str, Any]] = {
     "priority": {"queue_order": "priority", "priority_ageing_s": 0.1},
     "priority, clustered": {"queue_order": "priority", **CLUSTERED},
     "vtc": {"queue_order": "vtc", "tenant_weights": (("t0", 2.0), ("a", 0.5))},
+    "vtc, tolerant": {"queue_order": "vtc", "tenant_tolerance": 30.0},
     "vtc, clustered": {"queue_order": "vtc", "cluster_max_lead": 20.0, **CLUSTERED},
 }
 # What looks ahead or back, with every order of the queue that it may have. A step takes 10 ms.
 MODEL = {"early_abort": "model", "first_token_slo_s": 0.12}
+LARGEST = {"early_abort": "largest", "first_token_slo_s": 0.12}
 PAPER = {"early_abort": "paper", "first_token_slo_s": 0.6}
 FORESIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "all on": ("vtc, clustered", MODEL),
     "all on, by priority": ("priority, clustered", MODEL),
     "all on, first come": ("fcfs", MODEL),
+    "all on, the largest refused": ("vtc, tolerant", LARGEST),
     "the paper's": ("fcfs", {**PAPER, "retention": "paper"}),
     "abort alone": ("fcfs, clustered", {**MODEL, "retention": "lru", "prefetch": False}),
     "prefetch and the paper's retention": ("vtc", {"retention": "paper"}),
