@@ -104,7 +104,7 @@ def _draw_one(panel: Panel, ax: Axes) -> None:
 def _draw_bars(groups: Mapping[str, Mapping[str, float]], ax: Axes) -> None:
     """The bars that a group has stand side by side, with no gap for those it has not."""
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
-    width = 0.8 / max(len(bars) for bars in groups.values())
+    width = min(0.3, 0.8 / max(len(bars) for bars in groups.values()))
     for i, name in enumerate(names):
         places, heights = [], []
         for group, bars in enumerate(groups.values()):

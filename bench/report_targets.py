@@ -67,11 +67,14 @@ def _split(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
     for gb in (24.0, 40.0):
         found = pick(rows, "ablation", setting="S2", num_adapters=200, pool_gb=gb)
         ours = [row.requests_per_s for row in found if row.system == "sloraj"]
-        split = [row.requests_per_s for row in found if row.system.startswith("no-unify-mem")]
+        split = {
+            row.system: row.requests_per_s for row in found if row.system.startswith("no-unify-mem")
+        }
         if ours and split:
+            best = max(split, key=lambda system: split[system])
             yield target(
-                "C1", f"S2, 200 adapters, {gb:g} GB: over the best fixed split of the pool",
-                measured=ours[0] / max(split), limit=OVER_SPLIT, unit="x", is_minimum=True,
+                "C1", f"S2, 200 adapters, {gb:g} GB: over {best}, the best split that was measured",
+                measured=ours[0] / split[best], limit=OVER_SPLIT, unit="x", is_minimum=True,
             )  # fmt: skip
 
 
