@@ -83,7 +83,11 @@ def loads(figure: str, policies: dict[str, dict[str, Any]], **more: Any) -> list
 
 OURS: dict[str, dict[str, Any]] = {"sloraj": {}}
 CLUSTERS = {f"d = {d}": {"policies": (("cluster_adapters", d),)} for d in (1, 2, 4, 8, 32)}
-FAIRNESS: dict[str, dict[str, Any]] = {"first come": {}, "vtc": {"policies": FAIR}}
+FAIRNESS: dict[str, dict[str, Any]] = {
+    "first come": {},
+    "vtc": {"policies": FAIR},
+    "vtc, a fifth kept free": {"policies": (*FAIR, ("tenant_headroom", 0.2))},
+}
 
 ABORTS: dict[str, dict[str, Any]] = {  # who is served when not all can be
     "sloraj": {"policies": (*TOLERANT, ("early_abort", "largest"), ("first_token_slo_s", SLO_S))},
@@ -122,7 +126,7 @@ SHARDS: dict[str, list[Point]] = {
     ),
     "policies": loads("policies", POLICIES, points=[{"load": 0.5, "alpha": 0.6}]),
     "fairness": loads(
-        "fairness", FAIRNESS, num_adapters=20, duration_s=25.0,
+        "fairness", FAIRNESS, num_adapters=20, duration_s=25.0, pool_gb=None, base_requests=AT_ONCE,
         points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}],
     ),
     "retention-8b": retention(B8, "S1", (200, 10_000), modules=QV),

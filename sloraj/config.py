@@ -42,6 +42,7 @@ class EngineConfig:
     tenant_weights: tuple[tuple[str, float], ...] = ()  # vtc: NAME=SHARE; 1 for all others
     tenant_max_waiting: int | None = None  # vtc: requests of one tenant that may wait; None: all
     tenant_tolerance: float = 0.0  # vtc: service within which first come is first served
+    tenant_headroom: float = 0.0  # vtc: share of rows and pages kept from who runs too many
     prompt_token_cost: float = 1.0  # vtc
     output_token_cost: float = 2.0  # vtc
     adapter_cost: float = 1.0  # vtc: 0: tokens cost the same with any adapter; 1: as its bytes say

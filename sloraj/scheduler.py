@@ -189,7 +189,7 @@ class Scheduler:
     def _plan_waiting(self, plan: Plan) -> None:
         self._waiting.start_pass()
         while self._holdings.num_free_rows and plan.budget:
-            sequence = self._waiting.first()
+            sequence = self._waiting.first(is_tight=self._is_tight)
             if sequence is None:
                 break
             if sequence.num_in_flight or not self._admit(sequence, plan):
@@ -198,6 +198,18 @@ class Scheduler:
                 break
             num_tokens = min(sequence.num_missing_tokens, plan.budget)
             plan.add(Chunk(sequence, num_tokens, is_reset=True))
+
+    @property
+    def _is_tight(self) -> bool:
+        """Whether what is left is kept from tenants that run too many already."""
+        headroom = self._config.queue.tenant_headroom
+        if not headroom:
+            return False
+        rows, pages = self._config.max_num_seqs, self._config.num_pages
+        return (
+            self._holdings.num_free_rows <= headroom * rows
+            or self._residency.num_obtainable_pages - len(self._running) <= headroom * pages
+        )
 
     def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Give the sequence its adapter, its row and pages for all its known tokens, or nothing."""

@@ -23,11 +23,13 @@ from bench.clock import MonotonicClock
 from bench.columns import to_columns
 from bench.geometries import GEOMETRIES, write_geometry
 from bench.measures import measures, point_trace
+from bench.point_setup import WORKSPACE_BYTES
 from bench.points import EngineSpec, Point
 from bench.records import RecordError, RecordFile, header
 from bench.replay import Replay
 from bench.settings import SETTINGS
-from bench.sweep_engine import WORKSPACE_BYTES, SweepEngine, weight_bytes
+from bench.simulator.geometry import weight_bytes
+from bench.sweep_engine import SweepEngine
 from bench.trace import digest
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig

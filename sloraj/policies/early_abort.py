@@ -211,7 +211,7 @@ class PaperAbort(FirstComeFirstServed):
     def remove(self, sequence: Sequence) -> None:
         del self._by_tag[sequence.tag]
 
-    def first(self) -> Sequence | None:
+    def first(self, *, is_tight: bool = False) -> Sequence | None:
         return next(self.in_order(()), None)
 
     def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:

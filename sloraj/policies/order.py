@@ -28,8 +28,10 @@ class Order(Protocol):
     def start_pass(self) -> None:
         """The scheduler begins to admit for one step."""
 
-    def first(self) -> Sequence | None:
-        """Who is to be admitted next; None if none waits."""
+    def first(self, *, is_tight: bool = False) -> Sequence | None:
+        """Who is to be admitted next; None if none waits, or none that may have what is left where
+        that is tight.
+        """
 
     def pass_over(self) -> bool:
         """What `first` said does not fit: whether it now says another in this pass."""
@@ -85,7 +87,7 @@ class FirstComeFirstServed:
     def start_pass(self) -> None:
         """All passes are alike."""
 
-    def first(self) -> Sequence | None:
+    def first(self, *, is_tight: bool = False) -> Sequence | None:
         return self._sequences[0] if self._sequences else None
 
     def pass_over(self) -> bool:

@@ -94,16 +94,32 @@ class RankedOrder:
     def start_pass(self) -> None:
         self._is_in_turn = False
 
-    def first(self) -> Sequence | None:
+    def first(self, *, is_tight: bool = False) -> Sequence | None:
         head = self._ranking.first()
         self._is_out_of_turn = False
         if head is None:
             return None
+        if is_tight and self._tenants is not None:
+            return self._first_behind(self._tenants)
         if self._clustering is None or self._is_in_turn:
             return head[2]
         sequence = self._clustering.choose(head)
         self._is_out_of_turn = sequence is not head[2]
         return sequence
+
+    def _first_behind(self, tenants: Tenants) -> Sequence | None:
+        """The first of a tenant that does not run too many already, unless whose turn it is has
+        been served less by more than the lead that any preference may give.
+        """
+        entry = self._ranking.start_walk()
+        head = None if entry is None else entry[3]
+        while entry is not None and tenants.is_ahead(entry[3].account):
+            entry = self._ranking.next_entry()
+        if entry is None or head is None:
+            return None
+        lead = entry[3].account.counter - head.account.counter
+        line = head if lead > self._settings.cluster_max_lead else entry[3]
+        return line.items[0][2]
 
     def pass_over(self) -> bool:
         # What is clustered and does not fit leaves the rest of the pass to whose turn it is.

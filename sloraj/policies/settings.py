@@ -24,6 +24,7 @@ class QueueConfig:
     tenant_weights: tuple[tuple[str, float], ...] = ()
     tenant_max_waiting: int | None = None
     tenant_tolerance: float = 0.0
+    tenant_headroom: float = 0.0
     prompt_token_cost: float = 1.0
     output_token_cost: float = 2.0
     adapter_cost: float = 1.0
@@ -47,6 +48,8 @@ class QueueConfig:
         self._require(
             wait_s is None or _is_finite_above(wait_s, 0.0), "cluster_max_wait_s", "above 0"
         )
+        headroom = self.tenant_headroom
+        self._require(0 <= headroom < 1, "tenant_headroom", "0 and up, below 1")
         self._check_weights()
         for name in ("tenant_weights", "tenant_max_waiting"):
             is_heeded = self.queue_order == "vtc" or not getattr(self, name)

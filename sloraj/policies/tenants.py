@@ -12,6 +12,7 @@ from sloraj.errors import InternalError
 from sloraj.policies.ranking import Account, Ranking
 
 MAX_IDLE_TENANTS = 65_536  # remembered without any request, because they are above the floor
+AHEAD = 1.5  # times an equal part of what runs, above which a tenant runs too many
 
 
 class Tenants:
@@ -26,6 +27,8 @@ class Tenants:
         self._idle: OrderedDict[Account, None] = OrderedDict()  # idle longest first
         self._last: Account | None = None  # that left the queue empty
         self._floor = 0.0
+        self._num_admitted = 0  # sequences, and not finished
+        self._num_active = 0  # tenants that have any
         self.num_forgotten = 0  # above the floor
 
     def __len__(self) -> int:
@@ -56,14 +59,23 @@ class Tenants:
     def leave(self, account: Account, *, is_admitted: bool) -> None:
         """A sequence waits no more; to be called after it has left the ranking."""
         account.num_waiting -= 1
-        account.num_admitted += is_admitted
+        if is_admitted:
+            self._num_active += account.num_admitted == 0
+            self._num_admitted += 1
+            account.num_admitted += 1
         if self._ranking.first_account() is None:
             self._last = account
         self._settle(account)
 
     def finish(self, account: Account) -> None:
         account.num_admitted -= 1
+        self._num_admitted -= 1
+        self._num_active -= account.num_admitted == 0
         self._settle(account)
+
+    def is_ahead(self, account: Account) -> bool:
+        """Whether it runs many more sequences than an equal part; a tenant alone never does."""
+        return account.num_admitted * self._num_active > AHEAD * self._num_admitted
 
     def _settle(self, account: Account) -> None:
         """Forget idle accounts that are at or below the floor, where they would be put anyway, and
@@ -111,6 +123,11 @@ class Tenants:
             is_idle = account.num_waiting == account.num_admitted == 0
             if is_idle != (account in self._idle):
                 raise InternalError(f"tenant {tenant!r}: idle is {is_idle}, and kept otherwise")
+        running = [a.num_admitted for a in self._accounts.values() if a.num_admitted]
+        if (sum(running), len(running)) != (self._num_admitted, self._num_active):
+            raise InternalError(
+                f"{self._num_admitted} of {self._num_active} tenants run: {running}"
+            )
         if len(self._idle) > MAX_IDLE_TENANTS:
             raise InternalError(f"{len(self._idle)} idle tenants are remembered")
         if any(self._accounts.get(a.tenant) is not a for a in self._ranking.accounts):

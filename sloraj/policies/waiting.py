@@ -57,9 +57,11 @@ class WaitingQueue:
         """The scheduler begins to admit for one step."""
         self._order.start_pass()
 
-    def first(self) -> Sequence | None:
-        """Who is to be admitted next; None if none waits."""
-        return self._preempted[0] if self._preempted else self._order.first()
+    def first(self, *, is_tight: bool = False) -> Sequence | None:
+        """Who is to be admitted next; None if none waits, or none that may have what is left where
+        that is tight.
+        """
+        return self._preempted[0] if self._preempted else self._order.first(is_tight=is_tight)
 
     def pass_over(self) -> bool:
         """What `first` said cannot run yet: whether it now says another in this pass."""

@@ -37,6 +37,7 @@ from sloraj.errors import ConfigError
         ("cluster_adapters", 0),
         ("tenant_max_waiting", 0),
         ("tenant_tolerance", -1.0),
+        ("tenant_headroom", 1.0),
         ("tenant_max_waiting", 5),  # nothing would heed it
         ("tenant_weights", (("a", 2.0),)),  # nor that
         ("cluster_max_overtakes", 0),

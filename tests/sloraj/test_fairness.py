@@ -183,6 +183,36 @@ def test_a_tolerance_widens_the_bound_by_no_more_than_itself(tolerance: float) -
     assert gap <= limit_of(GREEDY, SHY) + 2 * tolerance
 
 
+@pytest.mark.parametrize("headroom", [0.25, 0.5])
+def test_headroom_widens_the_bound_by_no_more_than_the_lead(headroom: float) -> None:
+    queue = {"tenant_headroom": headroom, "cluster_max_lead": 100.0}
+    for demands in ((GREEDY, SHY), (SMALL, LARGE)):
+        driver = fair(num_pages=60, max_adapter_slots=3, queue=queue)
+        one, other = (demand.tenant for demand in demands)
+        gap = Flood(driver, demands, seed=0).widest_gap(one, other, 400)
+        assert gap <= limit_of(*demands) + 2 * 100.0
+
+
+def test_with_headroom_a_newcomer_runs_at_once_beside_a_flood() -> None:
+    """Once anybody else runs, a row is left free; without it the newcomer waits for an end."""
+    waits = {}
+    for headroom in (0.0, 0.3):
+        queue = QueueConfig(queue_order="vtc", tenant_headroom=headroom)
+        driver = CoreDriver(queue=queue, base_bytes=BASE, max_num_seqs=10, num_pages=200)
+        for tenant in ["light", *["flood"] * 40]:
+            driver.generate([1, 2, 3], tenant=tenant, max_tokens=30, ignore_eos=True)
+        for _ in range(10):
+            driver.step()
+        driver.generate([4, 5], tenant="newcomer", max_tokens=2, ignore_eos=True)
+        driver.step()
+        driver.core.check_integrity()
+        sequences = [s for request in driver.core._requests for s in request.sequences]
+        waits[headroom] = any(s.tenant == "newcomer" and s.admission == 0 for s in sequences)
+        driver.run()
+        driver.expect_clean()
+    assert waits == {0.0: True, 0.3: False}
+
+
 def test_first_come_first_served_breaks_that_bound() -> None:
     driver = fair(
         num_pages=60, queue={"queue_order": "fcfs", "tenant_weights": ()}, max_adapter_slots=3

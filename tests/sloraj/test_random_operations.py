@@ -49,7 +49,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "priority": {"queue_order": "priority", "priority_ageing_s": 0.1},
     "priority, clustered": {"queue_order": "priority", **CLUSTERED},
     "vtc": {"queue_order": "vtc", "tenant_weights": (("t0", 2.0), ("a", 0.5))},
-    "vtc, tolerant": {"queue_order": "vtc", "tenant_tolerance": 30.0},
+    "vtc, tolerant": {"queue_order": "vtc", "tenant_tolerance": 30.0, "tenant_headroom": 0.3},
     "vtc, clustered": {"queue_order": "vtc", "cluster_max_lead": 20.0, **CLUSTERED},
 }
 # What looks ahead or back, with every order of the queue that it may have. A step takes 10 ms.

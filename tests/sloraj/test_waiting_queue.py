@@ -177,6 +177,48 @@ def queue_of(settings: QueueConfig) -> WaitingQueue:
     return make_queue(settings, BaseBytes(), lambda: 0.0, lambda sequence: 0)
 
 
+def test_what_is_tight_is_kept_from_a_tenant_that_runs_too_many() -> None:
+    queue = queue_of(QueueConfig(queue_order="vtc"))
+    tags = itertools.count()
+
+    def come(tenant: str) -> Sequence:
+        sequence = new_sequence(next(tags), tenant=tenant, num_prompt=10)
+        queue.add(sequence)
+        return sequence
+
+    flood = [come("flood") for _ in range(9)]
+    for _ in range(6):  # alone it may have everything
+        head = queue.first(is_tight=True)
+        assert head is not None and head.tenant == "flood"
+        queue.admit(head, 0)
+    other = come("other")
+    queue.admit(other, 0)
+    assert queue.first() is flood[6]
+    assert queue.first(is_tight=True) is None  # nobody waits but who runs six of seven
+    another = come("other")
+    assert queue.first(is_tight=True) is another
+    queue.admit(another, 0)
+    for sequence in flood[:5]:
+        queue.finish(sequence)
+    assert queue.first(is_tight=True) is flood[6]  # one of three is no more than an equal part
+    queue.check_integrity([flood[5], other, another])
+
+
+def test_room_is_kept_only_while_others_are_not_ahead_by_more_than_the_lead() -> None:
+    queue = queue_of(QueueConfig(queue_order="vtc", cluster_max_lead=50.0))
+    served = [new_sequence(tag, tenant="many", num_prompt=1) for tag in range(8)]
+    for sequence in served:
+        queue.add(sequence)
+    dear = new_sequence(8, tenant="dear", num_prompt=100)
+    for sequence in (dear, new_sequence(9, tenant="dear", num_prompt=100)):
+        queue.add(sequence)
+    for sequence in served[:6]:
+        assert queue.first() is not None
+        queue.admit(sequence, 0)
+    queue.admit(dear, 0)  # it has been served 100, the others' tenant 6 in all
+    assert queue.first(is_tight=True) is served[6]
+
+
 @pytest.mark.parametrize(("tolerance", "order"), [(0.0, [0, 2, 1]), (1e6, [0, 1, 2])])
 def test_within_the_tolerance_who_came_first_is_served_first(
     tolerance: float, order: list[int]
