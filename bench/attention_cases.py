@@ -73,9 +73,9 @@ def query_tiles(batch: Batch, block_q: int) -> QueryTiles:
     tiles.sort(key=lambda tile: tile[2] + tile[3], reverse=True)
     num_tiles = len(tiles)
     tiles += [(0, 0, 0, 0)] * batch.num_padding  # a bucket has room for short chunks
-    row, q_start, q_len, position = (jnp.array(c, jnp.int32) for c in zip(*tiles, strict=True))
+    rows, q_start, q_len, position = (jnp.array(c, jnp.int32) for c in zip(*tiles, strict=True))
     return QueryTiles(
-        row=row, q_start=q_start, q_len=q_len, position=position,
+        row=rows, q_start=q_start, q_len=q_len, position=position,
         num_tiles=jnp.array([num_tiles], jnp.int32), block_q=block_q,
     )  # fmt: skip
 
@@ -91,7 +91,8 @@ def random_pool(num_pages: int, page_elems: int) -> jax.Array:
     """
     block = jax.random.normal(jax.random.key(0), (min(num_pages, BLOCK_PAGES), page_elems))
     page = jnp.arange(num_pages, dtype=jnp.int32) % len(block)
-    return jax.jit(lambda block: block.astype(jnp.bfloat16)[page])(block)
+    pool: jax.Array = jax.jit(lambda block: block.astype(jnp.bfloat16)[page])(block)
+    return pool
 
 
 def make_inputs(

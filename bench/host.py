@@ -49,18 +49,19 @@ def instant_core(rows: int, num_layers: int, scratch: Path) -> EngineCore:
         kernels="xla",
         max_num_waiting=10_000,
     )
-    real = runner_module.compile_all
+    module: Any = runner_module  # whose import is replaced for a while
+    real = module.compile_all
 
     def compile_instant(jobs: list[Any], progress: Any) -> dict[Any, Any]:
         quick = [job for job in jobs if job.key[0] in ("forward", "sample")]
-        slow = real([job for job in jobs if job not in quick], progress)
+        slow: dict[Any, Any] = real([job for job in jobs if job not in quick], progress)
         return slow | {job.key: _instant(job) for job in quick}
 
-    runner_module.compile_all = compile_instant
+    module.compile_all = compile_instant
     try:
         return build_core(config, lambda *_: None, make_loader=random_adapter_loader)[0]
     finally:
-        runner_module.compile_all = real
+        module.compile_all = real
 
 
 def _instant(job: Any) -> Any:
@@ -76,7 +77,9 @@ def _instant(job: Any) -> Any:
     return jax.jit(program, donate_argnums=donated).lower(*job.arguments).compile()
 
 
-def drive(core: EngineCore, verbs: Verbs, rows: int, *, num_output: int, num_steps: int) -> dict:
+def drive(
+    core: EngineCore, verbs: Verbs, rows: int, *, num_output: int, num_steps: int
+) -> dict[str, Any]:
     """Keep `rows` requests running; medians of `num_steps` steps once all of them decode."""
     params = {"max_tokens": num_output, "temperature": 0.0, "ignore_eos": True, "seed": 0}
     rng = np.random.default_rng(0)

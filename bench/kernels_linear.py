@@ -101,11 +101,14 @@ def main() -> None:
         )
 
 
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    words = {"type": lambda text: text.split(",")}
-    parser.add_argument("--shapes", **words, default=["7b.qkv", "o", "7b.gate_up", "7b.down"])
-    parser.add_argument("--dtypes", **words, default=list(DTYPES))
+    parser.add_argument("--shapes", type=words, default=["7b.qkv", "o", "7b.gate_up", "7b.down"])
+    parser.add_argument("--dtypes", type=words, default=list(DTYPES))
     parser.add_argument("--rows", type=ints, default=[64, 1])
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument(

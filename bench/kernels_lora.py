@@ -210,7 +210,8 @@ def measure(
         key = (case.model, case.group, case.num_rows, case.num_layers)
         families.setdefault(key, []).append(case)
     worlds = {case: make_world(case) for case in cases}
-    pools, tables = {}, {}
+    pools: dict[Any, int] = {}
+    tables: dict[Case, np.ndarray] = {}
     for key, members in families.items():
         pools[key], padded = common_tables([worlds[case] for case in members])
         tables |= dict(zip(members, padded, strict=True))

@@ -107,7 +107,8 @@ def cut_tiles(
     slots: np.ndarray, adapters: Adapters, *, block_rows: int, capacity: int
 ) -> LoraTiles:
     """The tiles of a batch, cut as a step cuts them."""
-    rows, starts, tile_slots = [], [0], []
+    rows: list[int] = []
+    starts, tile_slots = [0], list[int]()
     used = np.unique(slots[slots > 0])
     for slot in sorted(used, key=lambda slot: (-adapters.ranks[slot - 1], slot)):
         (of_slot,) = np.nonzero(slots == slot)

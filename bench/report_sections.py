@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import paper
@@ -61,9 +61,8 @@ def table_3(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Section:
             if r.figure == "table-3" and r.setting == setting and not r.is_measured
         }
         ours = by_system["sloraj"]
-        for count in sorted(
-            {n for counts in (*by_system.values(), *systems.values()) for n in counts}
-        ):
+        known: list[Mapping[int, Any]] = [*by_system.values(), *systems.values()]
+        for count in sorted({n for counts in known for n in counts}):
             row = ours.get(count)
             lines.append(
                 [

@@ -159,10 +159,11 @@ def policies(rows: Sequence[Row], records: Records) -> Section:
 def clusters(rows: Sequence[Row], records: Records) -> Section:
     found = pick(rows, "clusters")
     panels = []
-    for name, y_label, value, place in (
+    shown: list[tuple[str, str, Callable[[Row], float], int]] = [
         ("Throughput", "of that at d = 32", lambda row: row.requests_per_s, 0),
         ("Within 6 s", "share of requests", lambda row: row.slo("6s"), 1),
-    ):  # fmt: skip
+    ]
+    for name, y_label, value, place in shown:
         lines = []
         for colour, a in enumerate(sorted({row.alpha for row in found})):
             points = {_d(row): value(row) for row in found if row.alpha == a}

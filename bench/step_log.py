@@ -168,7 +168,7 @@ class Decode:
         return (time.perf_counter() - started) / num_steps
 
     def close(self) -> None:
-        del self.runner.execute  # type: ignore[method-assign]
+        del self.runner.execute
         for request in self.core._requests:
             self.core.submit(Abort(request_id=request.request_id))
         while not self.core.is_idle:

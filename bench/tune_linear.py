@@ -136,11 +136,14 @@ def ints(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    words = {"type": lambda text: text.split(",")}
-    parser.add_argument("--shapes", **words, default=list(SHAPES))
-    parser.add_argument("--dtypes", **words, default=TUNED)
+    parser.add_argument("--shapes", type=words, default=list(SHAPES))
+    parser.add_argument("--dtypes", type=words, default=TUNED)
     parser.add_argument("--rows", type=ints, default=[1, 16, 64, 128, 256])
     parser.add_argument("--xla-rows", type=ints, default=[1, 16, 64, 128, 256])
     parser.add_argument("--most", type=int, default=6, help="Mosaic candidates of each shape")

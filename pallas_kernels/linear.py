@@ -72,7 +72,9 @@ def linear(
 
 
 def chosen_config(
-    x: jax.Array, weight: jax.Array, implementation: str
+    x: jax.Array | jax.ShapeDtypeStruct,
+    weight: jax.Array | jax.ShapeDtypeStruct,
+    implementation: str,
 ) -> triton.Config | mosaic.Config | None:
     """Which kernel serves these shapes, and how it works; None: XLA's matmul is the choice."""
     (num_rows, in_size), (out_size, _) = x.shape, weight.shape

@@ -51,10 +51,12 @@ class PackedCores:
         """A request to its adapter's engine; an abort to all of them."""
         if isinstance(message, Generate):
             number = int((message.adapter_id or "").rpartition("-")[2])
-            params = {"request_id": message.request_id, "params": message.params}
             self._cores[number].submit(
-                Generate(prompt_token_ids=message.prompt_token_ids, **params)
-            )
+                Generate(
+                    request_id=message.request_id, params=message.params,
+                    prompt_token_ids=message.prompt_token_ids,
+                )
+            )  # fmt: skip
         elif isinstance(message, Abort):
             for core in self._cores:
                 core.submit(message)

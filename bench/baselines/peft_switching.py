@@ -73,7 +73,7 @@ class PeftServer:
                     parameter.uniform_(-1e-3, 1e-3, generator=generator)
         self.model.to(device, dtype).eval()
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def batch(
         self, adapter: int, prompts: list[list[int]], num_new: int, now: Callable[[], float]
     ) -> list[float]:
