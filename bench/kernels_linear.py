@@ -24,7 +24,7 @@ from bench.linear_cases import DTYPES, SHAPES, Case, compile_all, describe, time
 from bench.peaks import measure_peaks
 from bench.record import command, commit, record
 from bench.summary import worst_target
-from bench.tune_linear import ints
+from bench.tune_linear import ints, words
 from pallas_kernels.linear import chosen_config
 
 SHARE = 0.92  # of the read bandwidth
@@ -99,10 +99,6 @@ def main() -> None:
             f"{entry['us']:7.1f} us, floor {entry['floor_us']:6.1f} ({entry['share']:.0%}) "
             f"{'met' if entry['us'] <= entry['limit_us'] else '   '} {entry['way']}"
         )
-
-
-def words(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _parse() -> argparse.Namespace:

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.points import Point
 from bench.shards import SHARDS
+from bench.sweep_bases import base_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,7 @@ def rows_of(records: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def _base_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    point = record["point"]
-    lengths = (*point["input_range"], *point["output_range"])
-    num_requests = point["num_requests" if point["figure"] == "base" else "base_requests"]
-    return record.get("file"), point["pool"], lengths, point["seed"], num_requests
+    return record.get("file"), *base_name(Point.of(record["point"]))
 
 
 def pick(rows: Sequence[Row], figure: str, **wanted: Any) -> list[Row]:

@@ -22,6 +22,7 @@ from bench.points import EngineSpec, Point
 from bench.random_adapters import random_adapter_loader, random_path
 from bench.replay import default_adapter_name
 from bench.settings import SETTINGS
+from bench.simulator.geometry import page_bytes
 from checkpoints.demo import MODEL_DIR
 from checkpoints.hf_config import read_model_config
 from checkpoints.model_config import ModelConfig
@@ -32,7 +33,6 @@ from sloraj.build import build_core
 from sloraj.config import EngineConfig, PoolLayout
 from sloraj.core import EngineCore
 from sloraj.runner import DeviceRunner
-from sloraj.runner.memory import ITEMSIZE
 
 Loaded = tuple[PackedAdapter, dict[str, Any]]
 
@@ -78,7 +78,7 @@ class SweepEngine:
     def _make_loader(
         self, model: ModelConfig, layout: PoolLayout, max_rank: int, allocate: Allocate
     ) -> Callable[[str], Loaded]:
-        self.page_bytes = layout.num_layers * layout.page_elems * ITEMSIZE[layout.dtype]
+        self.page_bytes = page_bytes(layout)
         for is_padded in (False, True):
             padded = dataclasses.replace(layout, padded_rank=max_rank if is_padded else None)
             self._loaders[is_padded] = random_adapter_loader(model, padded, max_rank, allocate)
