@@ -131,7 +131,7 @@ def policies(rows: Sequence[Row], records: Records) -> Section:
         figure="policies",
         title="Prefetch and retention: one taken away or replaced at a time",
         text=(
-            "S2, 200 adapters, alpha 0.6, a pool as on 24 GB, 0.5 of the base's saturated rate: "
+            "S2, 200 adapters, alpha 0.6, a pool as on 24 GB, 0.7 of the base's saturated rate: "
             "adapters come and go, and the queue is short enough for a load to be seen. The "
             "paper's retention keeps nothing that neither runs nor is prefetched."
         ),

@@ -124,7 +124,9 @@ SHARDS: dict[str, list[Point]] = {
     "abort": loads(
         "abort", ABORTS, duration_s=25.0, points=[{"load": load} for load in (1.3, 0.9)]
     ),
-    "policies": loads("policies", POLICIES, points=[{"load": 0.5, "alpha": 0.6}]),
+    "policies": loads(
+        "policies", POLICIES, duration_s=30.0, points=[{"load": 0.7, "alpha": 0.6}]
+    ),
     "fairness": loads(
         "fairness", FAIRNESS, num_adapters=20, duration_s=25.0, pool_gb=None, base_requests=AT_ONCE,
         points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}],
