@@ -10,7 +10,9 @@ cold    spread over the adapters, which lie in host memory and not on the device
 warm    the same again: as many are on the device as fit
 disk    spread over adapters that nobody has loaded: each is read from a PEFT directory (in the page
         cache, for it was just written) when its first request arrives
-engine  as the mode before it, through the Python interface: threads, texts; must come last
+engine  as the mode before it, through the Python interface: threads, texts
+
+They run in this order, for each finds what the one before has left.
 
 Prompts are random token ids, generation is greedy and ignores eos. The result is one JSON object.
 """
@@ -64,8 +66,8 @@ def main() -> None:
 
 def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, Any]:
     ranks = [int(r) for r in args.ranks.split(",")]
-    modes = args.modes.split(",")
-    in_memory = args.adapters if {"cold", "warm"} & set(modes) else 0
+    modes = args.modes
+    in_memory = args.adapters if "cold" in modes else 0
     names = [f"adapter-{i}" for i in range(in_memory)]
     on_disk = args.adapters if "disk" in modes else 0
     written = write_adapters(scratch, read_model_config(model), ranks, on_disk)
@@ -102,7 +104,11 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         "commit": args.commit or commit(),
         "command": command(),
         "jax": jax.__version__,
-        "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
+        "settings": {
+            k: ",".join(v) if k == "modes" else v
+            for k, v in vars(args).items()
+            if k not in NOT_RECORDED
+        },
         "engine": {k: v for k, v in info.items() if k != "model_path"},
         "startup_s": time.perf_counter() - started,
         "startup_stages": stages,
@@ -196,7 +202,7 @@ def _run_modes(
     rows = args.max_num_seqs
     names: list[str | None] = [None]
     result["raw_base"] = raw_step_s(core, args.input, rows, names)
-    for mode in args.modes.split(","):
+    for mode in args.modes:
         if mode == "engine":
             continue
         names = workload.adapters_of(mode)
@@ -217,10 +223,23 @@ def _run_modes(
         result["installs"] = measure_installs(core, rows, IDLE_PROMPT)
 
 
+def _modes(text: str) -> tuple[str, ...]:
+    """Modes in their order, "warm" only after "cold", and "engine" after any: else its figure would
+    be another mode's.
+    """
+    modes = tuple(text.split(","))
+    is_ordered = modes == tuple(mode for mode in MODES if mode in modes)
+    has_sent = "warm" not in modes or "cold" in modes
+    if not is_ordered or not has_sent or modes[0] == "engine":
+        allowed = "in this order, warm with cold, engine after another"
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {','.join(MODES)} ({allowed})")
+    return modes
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="llama-7b")
-    parser.add_argument("--modes", default="base,cold,warm", help=",".join(MODES))
+    parser.add_argument("--modes", type=_modes, default="base,cold,warm", help=",".join(MODES))
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--ranks", default="64,32,16,8")
     parser.add_argument("--popularity", choices=("distinct", "uniform", "zipf"), default="distinct")

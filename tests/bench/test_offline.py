@@ -35,3 +35,15 @@ def test_a_tiny_run_serves_every_request_and_compiles_nothing_after_readiness(
     assert result["through_engine"]["requests_per_s"] > 0
     assert result["engine"]["num_programs"] <= 24
     assert [entry["number"] for entry in result["targets"]] == ["10"]
+
+
+@pytest.mark.parametrize(
+    "modes", ["base,warm,cold", "warm", "base,engine,disk", "engine", "base,base", "base,hot", ""]
+)
+def test_modes_whose_figures_would_be_anothers_are_refused(
+    modes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["offline", "--modes", modes])
+    with pytest.raises(SystemExit):
+        offline.main()
+    assert f"--modes: got {modes!r}, allowed: base,cold,warm,disk,engine" in capsys.readouterr().err
