@@ -25,6 +25,7 @@ from bench.peaks import measure_peaks
 from bench.profile_step import profile
 from bench.random_adapters import random_adapter_loader
 from bench.record import command, commit, record
+from bench.step_batches import MIXED_ROWS, MIXED_TOKENS, RANKS, row_ranks
 from bench.step_driver import StepDriver
 from bench.step_floor import decode_floor_s, prefill_floor_s
 from bench.summary import target
@@ -42,9 +43,7 @@ from sloraj.runner.compiles import Key
 from sloraj.runner.jobs import INSTALL_PAGES
 from sloraj.runner.lora_variants import MODULES
 
-RANKS = {"base": (0,), "s1": (8,), "s2": (64, 32, 16, 8)}
 ABSOLUTE_MS = {"base": 8.7, "s1": 9.0, "s2": 9.8}  # Llama-7B, 64 rows, context 512
-MIXED_ROWS, MIXED_TOKENS = 64, 192  # decoding, beside a prompt: a common step under load
 NUM_MIXED = 12
 NOT_RECORDED = ("out", "cache_dir", "commit", "against")
 
@@ -84,7 +83,7 @@ class Bench:
             self.runner, page_size=info["page_size"], num_pages=info["num_pages"],
             vocab_size=self.config.vocab_size,
         )  # fmt: skip
-        ranks = [RANKS[name][i % len(RANKS[name])] for i in range(rows)]
+        ranks = row_ranks(name, rows)
         slots = [driver.install(self.packed[rank]) if rank else 0 for rank in ranks]
         sequences = driver.open_rows(slots, args.context)
         prompts = max(1, args.max_num_batched_tokens // args.context)

@@ -2,13 +2,18 @@
 
     python -m bench.simulator.fit_sweeps --sweeps bench/results/nvidia-h200/sweeps \\
         --fit "base S2 n=0 full" "sloraj S2 n=200 full" "base S2 n=0 24 GB" \\
+        --steps bench/results/nvidia-h200/step-7b.json \\
+        bench/results/nvidia-h200/step-7b-small.json \\
         --host bench/results/nvidia-h200/offline-1000.json \\
+        --first-token bench/results/nvidia-h200/first-token.json \\
         --out bench/results/nvidia-h200/simulator-model.json
 
 Points to fit on are named as the printed table names them, of the first file that has them; all
-their requests must have come at once. The host's part comes from a result of `bench.offline`, which
-times it. Every other point that a simulator can do is predicted, and becomes entries of the
-summary: throughput (within 5 %) and median first token (within 10 %).
+their requests must have come at once. Results of `bench.step` show the steps that such a run lacks.
+The host's part comes from a result of `bench.offline`, which times its verbs, and from one of
+`bench.first_token`: what an idle engine takes besides the step. Every other point of the model's
+geometry that a simulator can do is predicted, and becomes entries of the summary: throughput
+(within 5 %) and median first token (within 10 %).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from bench.simulator.cost import Cost
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.fitting import BUS_BYTES_PER_S, BUS_LATENCY_S
 from bench.simulator.run_file import RecordedRun
+from bench.simulator.step_results import idle_host_s, step_intervals
 from bench.simulator.sweep_runs import fit_intervals, intervals, read_runs
 from bench.simulator.validation import compare, table, targets
 
@@ -42,10 +48,20 @@ def chosen(runs: list[RecordedRun], names: list[str]) -> list[RecordedRun]:
     return found
 
 
-def fit(runs: list[RecordedRun], host: dict[str, Any]) -> DeviceModel:
-    """host: a result of `bench.offline`. Raises ValueError if a run cannot be scheduled again."""
-    cost, errors = fit_intervals([one for run in runs for one in intervals(run)])
-    execute, between = host_costs(host)
+def fit(
+    runs: list[RecordedRun],
+    steps: list[dict[str, Any]],
+    host: dict[str, Any],
+    first_token: dict[str, Any],
+) -> DeviceModel:
+    """steps, host, first_token: results of `bench.step`, `bench.offline`, `bench.first_token`.
+
+    Raises ValueError if a run cannot be scheduled again, or if they are of different geometries.
+    """
+    engine = runs[0].engine
+    singles = [one for result in steps for one in step_intervals(result, engine)]
+    cost, errors = fit_intervals([*singles, *(one for run in runs for one in intervals(run))])
+    execute, between = host_costs(host, idle_host_s(first_token, cost, engine))
     # No run shows what a step waits for a copy that was not sent ahead: the bus says it.
     late = {"late_bytes": 1 / BUS_BYTES_PER_S}
     return DeviceModel(
@@ -59,25 +75,24 @@ def fit(runs: list[RecordedRun], host: dict[str, Any]) -> DeviceModel:
     )  # fmt: skip
 
 
-def host_costs(result: dict[str, Any]) -> tuple[Cost, Cost]:
-    """`execute` and `between` of a result of `bench.offline`: means a step, what adapters add, what
-    an install takes (of the mode that reads adapters from disk).
+def host_costs(result: dict[str, Any], idle_s: float) -> tuple[Cost, Cost]:
+    """`execute` and `between`, of a result of `bench.offline` and of the seconds that an idle
+    engine takes for both.
 
-    A mean of `execute` holds the time that it waited for the device's queue behind large steps. The
-    host cannot take longer than the shortest steps took.
+    The offline run says what lies between two steps, what adapters add, and what an install takes
+    (of the mode that reads adapters from disk). Its own mean of `execute` is of no use: it holds
+    the time that the call waited for room in the device's queue behind large steps.
     """
     base, warm, disk = result["base"], result["warm"], result["disk"]
     between_s = sum(warm["verbs_s"][verb] for verb in OTHER_VERBS) / warm["steps"]
 
     def execute_s(mode: dict[str, Any]) -> float:
         verbs = mode["verbs_s"]
-        mean_s = (verbs["execute"] - verbs.get("install", 0.0)) / mode["steps"]
-        shortest_s = 1e-3 * min(b["median_ms"] for b in mode["buckets"].values() if b["steps"] > 1)
-        return float(min(mean_s, shortest_s - between_s))
+        return float(verbs["pack_step"] + verbs["reset"]) / float(mode["steps"])
 
     adds_s = max(execute_s(warm) - execute_s(base), 0.0)
     execute = {
-        "step": execute_s(base), "decode:attention": adds_s, "mixed:attention": adds_s,
+        "step": max(idle_s - between_s, 0.0), "decode:attention": adds_s, "mixed:attention": adds_s,
         "num_installs": disk["verbs_s"]["install"] / disk["adapter_installs"],
     }  # fmt: skip
     return Cost(execute), Cost({"step": between_s})
@@ -88,11 +103,19 @@ def main() -> None:
     try:
         runs = [run for path in sorted(args.sweeps.glob("*.jsonl")) for run in read_runs(path)]
         fitted = chosen(runs, args.fit)
-        model = fit(fitted, json.loads(args.host.read_text()))
+        steps, (host, first_token) = (
+            map(_read, args.steps),
+            map(_read, (args.host, args.first_token)),
+        )
+        model = fit(fitted, list(steps), host, first_token)
     except (OSError, ValueError, RecordError) as exc:
         raise SystemExit(f"bench.simulator.fit_sweeps: {exc}") from exc
-    known = {run.name for run in fitted}
-    compared = [compare(run, model) for run in runs if run.name not in known]
+    known, geometry = {run.name for run in fitted}, fitted[0].engine.geometry
+    compared = [
+        compare(run, model)
+        for run in runs
+        if run.name not in known and run.engine.geometry == geometry
+    ]
     model.origin["compared"] = compared
     model.origin["targets"] = targets(compared)
     model.save(args.out)
@@ -100,11 +123,18 @@ def main() -> None:
     print(table(compared))
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sweeps", type=Path, required=True, help="a folder of bench.sweep")
     parser.add_argument("--fit", nargs="+", required=True, metavar="NAME", help="points to fit on")
+    parser.add_argument("--steps", nargs="*", type=Path, default=[], help="results of bench.step")
     parser.add_argument("--host", type=Path, required=True, help="a result of bench.offline")
+    parser.add_argument("--first-token", type=Path, required=True, help="of bench.first_token")
     parser.add_argument("--out", type=Path, required=True, help="the model, JSON")
     return parser.parse_args()
 

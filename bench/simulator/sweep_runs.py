@@ -26,6 +26,7 @@ from bench.settings import MODULES, SETTINGS
 from bench.simulator.cost import Cost, device_columns
 from bench.simulator.device_model import constant
 from bench.simulator.engine import EngineDescription, register, simulated_core
+from bench.simulator.features import StepFeatures
 from bench.simulator.geometry import describe_geometry
 from bench.simulator.run_file import RecordedRun
 from bench.simulator.validation import replay
@@ -44,6 +45,12 @@ class Interval:
 
     columns: dict[str, float]  # of `device_columns`, added up
     seconds: float
+    weight: float = 1.0  # as so many observations
+
+
+def one_step(features: StepFeatures, seconds: float, weight: float) -> Interval:
+    """A step that was timed by itself."""
+    return Interval(_added([device_columns(features)]), seconds, weight)
 
 
 def read_runs(path: Path) -> Iterator[RecordedRun]:
@@ -140,7 +147,8 @@ def fit_intervals(found: Sequence[Interval]) -> tuple[Cost, dict[str, Any]]:
     names = sorted({name for interval in found for name in interval.columns})
     matrix = np.array([[one.columns.get(name, 0.0) for name in names] for one in found])
     seconds = np.array([interval.seconds for interval in found])
-    scale, weights = matrix.max(axis=0), 1 / np.sqrt(np.maximum(seconds, 1e-4))
+    counted = np.array([one.weight for one in found])
+    scale, weights = matrix.max(axis=0), np.sqrt(counted / np.maximum(seconds, 1e-4))
     solved, _ = nnls(matrix / scale * weights[:, None], seconds * weights, maxiter=100 * len(names))
     coefficients = solved / scale
     predicted = matrix @ coefficients
