@@ -34,7 +34,10 @@ class EngineSpec:
     def name(self) -> str:
         """For files and logs: what differs from the usual."""
         merged = "" if self.merged_rank is None else f"merged{self.merged_rank}"
-        words = (self.geometry, self.kernels or "", merged)
+        usual = EngineSpec(geometry=self.geometry).max_num_batched_tokens
+        tokens = self.max_num_batched_tokens
+        steps = "" if tokens >= usual else f"{tokens}tokens"
+        words = (self.geometry, self.kernels or "", merged, steps)
         return "-".join(word for word in words if word)
 
 

@@ -232,8 +232,8 @@ def fairness(rows: Sequence[Row], records: Records) -> Section:
                 rows=[
                     [row.system, "no" if row.flood is None else f"{row.flood:g}x",
                      number(row.requests_per_s),
-                     number(others_first_s(row, 50)), number(others_first_s(row, 99)),
-                     number(first_s(row, 50, lambda tenant: tenant == FLOODER))]
+                     number(others_first_s(row, 50), 3), number(others_first_s(row, 99), 3),
+                     number(first_s(row, 50, lambda tenant: tenant == FLOODER), 3)]
                     for row in found
                 ],
             )

@@ -13,6 +13,7 @@ OF_CEILING = 0.92
 PAPERS = {"S1": 0.90, "S2": 0.76}  # of the base, at 200 adapters, on a saturated A10G
 POINTS_APART = 0.10  # 10,000 adapters from 200
 OVER_SPLIT = 1.3
+SPLIT = "no-unify-mem"
 FLOODED = 2.0
 SLO = "6s"
 OTHERS = ("first come", "newest first", "the paper's")  # that attainment has to beat
@@ -63,18 +64,20 @@ def _many(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
 
 
 def _split(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-    """Against the better of the splits that were tried."""
+    """Against the halves of the paper's variant, and against the best split that was tried."""
     for gb in (24.0, 40.0):
         found = pick(rows, "ablation", setting="S2", num_adapters=200, pool_gb=gb)
         ours = [row.requests_per_s for row in found if row.system == "sloraj"]
-        split = {
-            row.system: row.requests_per_s for row in found if row.system.startswith("no-unify-mem")
-        }
-        if ours and split:
-            best = max(split, key=lambda system: split[system])
+        split = {row.system: row.requests_per_s for row in found if row.system.startswith(SPLIT)}
+        if not ours or not split:
+            continue
+        best = max(split, key=lambda system: split[system])
+        over = {best: f"over {best}, the best split that was measured"}
+        over |= {SPLIT: f"over {SPLIT}, halves as the paper's"} if SPLIT in split else {}
+        for system, name in over.items():
             yield target(
-                "C1", f"S2, 200 adapters, {gb:g} GB: over {best}, the best split that was measured",
-                measured=ours[0] / split[best], limit=OVER_SPLIT, unit="x", is_minimum=True,
+                "C1", f"S2, 200 adapters, {gb:g} GB: {name}", measured=ours[0] / split[system],
+                limit=OVER_SPLIT, unit="x", is_minimum=True,
             )  # fmt: skip
 
 
@@ -94,10 +97,11 @@ def _attainment(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
 
 
 def _flood(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
+    """Of the fair orders; what is without them stands beside it, in the report."""
     p99: dict[tuple[str, bool], float] = {}
     for row in pick(rows, "fairness"):
         value = others_first_s(row, 99)
-        if value is not None:
+        if value is not None and row.system not in OTHERS:
             p99[row.system, row.flood is not None] = value
     for system in sorted({name for name, _ in p99}):
         calm, flooded = p99.get((system, False)), p99.get((system, True))

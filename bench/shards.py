@@ -13,6 +13,7 @@ from bench.points import EngineSpec, Point
 from bench.settings import ALPHAS, CVS, SLO_S
 
 B7 = EngineSpec(geometry="llama-7b")
+B7_SHORT_STEPS = dataclasses.replace(B7, max_num_batched_tokens=1024)
 B8 = EngineSpec(geometry="llama-3.1-8b", max_rank=8, max_adapter_slots=10_000)
 B13 = EngineSpec(geometry="llama-13b")
 QV = ("q_proj", "v_proj")
@@ -28,6 +29,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no-unify-mem": {"adapter_share": 0.5},
     "no-unify-mem, a quarter": {"adapter_share": 0.25},
     "padded ranks": {"pad_ranks": True},
+    "clustered, d = 8": {"policies": (("cluster_adapters", 8),)},
 }
 
 
@@ -81,12 +83,21 @@ def loads(figure: str, policies: dict[str, dict[str, Any]], **more: Any) -> list
     ]
 
 
+def flood(policies: dict[str, dict[str, Any]], **more: Any) -> list[Point]:
+    """Twenty tenants, and the same with one more that floods, on the full pool."""
+    return loads(
+        "fairness", policies, num_adapters=20, duration_s=25.0, pool_gb=None, base_requests=AT_ONCE,
+        points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}], **more,
+    )  # fmt: skip
+
+
 OURS: dict[str, dict[str, Any]] = {"sloraj": {}}
+KEPT_FREE = "vtc, a fifth kept free"
 CLUSTERS = {f"d = {d}": {"policies": (("cluster_adapters", d),)} for d in (1, 2, 4, 8, 32)}
 FAIRNESS: dict[str, dict[str, Any]] = {
     "first come": {},
     "vtc": {"policies": FAIR},
-    "vtc, a fifth kept free": {"policies": (*FAIR, ("tenant_headroom", 0.2))},
+    KEPT_FREE: {"policies": (*FAIR, ("tenant_headroom", 0.2))},
 }
 
 ABORTS: dict[str, dict[str, Any]] = {  # who is served when not all can be
@@ -127,10 +138,13 @@ SHARDS: dict[str, list[Point]] = {
     "policies": loads(
         "policies", POLICIES, duration_s=30.0, points=[{"load": 0.7, "alpha": 0.6}]
     ),
-    "fairness": loads(
-        "fairness", FAIRNESS, num_adapters=20, duration_s=25.0, pool_gb=None, base_requests=AT_ONCE,
-        points=[{"load": 0.6}, {"load": 0.6, "flood": 20.0}],
+    "fairness": flood(FAIRNESS),
+    "fairness-short-steps": flood(
+        {f"{KEPT_FREE}, 1,024 tokens a step": FAIRNESS[KEPT_FREE]}, engine=B7_SHORT_STEPS
     ),
+    "clustered": [
+        point for gb in (24, 40) for point in ablation(gb, "S2", 200, ("clustered, d = 8",))
+    ],
     "retention-8b": retention(B8, "S1", (200, 10_000), modules=QV),
     "retention-7b-few": [
         *retention(B7, "S1", (1, 5, 20, 100)),
