@@ -231,7 +231,10 @@ def build_runner(
         runner.warm_up(on_progress, repeats=repeats)
     else:
         runner.compile(on_progress, only=only)
-    log.info("kernels %s, %d programs, %s", kernels, runner.num_programs, _names(buckets))
+    log.info(
+        "kernels %s, %d programs (%d compilations answered by the cache), %s",
+        kernels, runner.num_programs, runner.num_cache_hits, _names(buckets),
+    )  # fmt: skip
     scheduler_config = SchedulerConfig(
         num_pages=plan.num_pages,
         page_size=config.page_size,

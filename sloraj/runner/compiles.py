@@ -17,16 +17,20 @@ import jax.numpy as jnp
 
 Key = tuple[Any, ...]  # of a program: its kind, then its shape
 _EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
 class CompileCounter:
-    """Counts this process's compilations from its creation to `close`."""
+    """Counts this process's compilations from its creation to `close`; those that the persistent
+    cache answers are among them.
+    """
 
     def __init__(self) -> None:
-        self.num_at_start = self.num_after_ready = 0
+        self.num_at_start = self.num_after_ready = self.num_cache_hits = 0
         self.seconds = 0.0
         self._is_ready = self._is_closed = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        jax.monitoring.register_event_listener(self._on_hit)
 
     def mark_ready(self) -> None:
         self._is_ready = True
@@ -42,6 +46,9 @@ class CompileCounter:
             self.num_after_ready += 1
         else:
             self.num_at_start += 1
+
+    def _on_hit(self, event: str, **_: str | int) -> None:
+        self.num_cache_hits += event == _CACHE_HIT and not self._is_closed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -89,6 +89,11 @@ class DeviceRunner:
         """Programs compiled at start; none is compiled after."""
         return len(self._programs)
 
+    @property
+    def num_cache_hits(self) -> int:
+        """Compilations that the persistent cache answered."""
+        return self._compiles.num_cache_hits
+
     def compile(self, progress: Progress, *, only: Collection[Key] | None = None) -> None:
         """Compile the programs; `only` names those that a test is content with."""
         jobs = make_jobs(self._model, self._mesh, self._buckets, self._config)
@@ -278,6 +283,7 @@ class DeviceRunner:
             "num_programs": self.num_programs,
             "compiles_at_start": self._compiles.num_at_start,
             "compiles_after_ready": self._compiles.num_after_ready,
+            "compile_cache_hits": self._compiles.num_cache_hits,
             "compile_s": self._compiles.seconds,
             "num_runner_steps": self._num_steps,
             "install_bytes": self._num_install_bytes,
