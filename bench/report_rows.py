@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -93,7 +94,9 @@ def _base_key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def pick(rows: Sequence[Row], figure: str, **wanted: Any) -> list[Row]:
-    """The measured rows of a figure whose points have these values; by number of adapters."""
+    """The measured rows of a figure whose points have these values; by number of adapters, and in
+    the order in which the grid names the systems.
+    """
     found = [
         row
         for row in rows
@@ -101,7 +104,16 @@ def pick(rows: Sequence[Row], figure: str, **wanted: Any) -> list[Row]:
         and row.figure == figure
         and all(row.point[name] == value for name, value in wanted.items())
     ]
-    return sorted(found, key=lambda row: (row.setting, row.num_adapters, row.pool_gb or 1e9))
+    return sorted(
+        found,
+        key=lambda row: (row.setting, row.num_adapters, row.pool_gb or math.inf, place_of(row)),
+    )
+
+
+def place_of(row: Row) -> int:
+    """Of the row's system among those of the grid, in the order in which it names them."""
+    systems = dict.fromkeys(point.system for points in SHARDS.values() for point in points)
+    return [*systems, row.system].index(row.system)
 
 
 def missing(records: Iterable[dict[str, Any]], figure: str) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from bench import paper
 from bench.columns import from_columns
 from bench.report_plots import Line, Panel
-from bench.report_rows import Row, missing, pick
+from bench.report_rows import Row, missing, pick, place_of
 from bench.report_sections import Section, Table, number
 
 Records = Sequence[dict[str, Any]]
@@ -22,7 +22,7 @@ def by_axis(
     """A section of one axis of the workload: throughput, first token and attainment over it."""
 
     def make(rows: Sequence[Row], records: Records) -> Section:
-        found = sorted(pick(rows, figure), key=lambda row: (row.system, float(row.point[axis])))
+        found = sorted(pick(rows, figure), key=lambda row: (place_of(row), float(row.point[axis])))
         systems = list(dict.fromkeys(row.system for row in found))
 
         def lines(value: Callable[[Row], float | None], suffix: str = "") -> list[Line]:
@@ -217,7 +217,7 @@ def _over_last(line: Line) -> Line:
 
 
 def fairness(rows: Sequence[Row], records: Records) -> Section:
-    found = sorted(pick(rows, "fairness"), key=lambda row: (row.system, row.flood or 0))
+    found = sorted(pick(rows, "fairness"), key=lambda row: (place_of(row), row.flood or 0))
     return Section(
         figure="fairness",
         title="One tenant floods the others",

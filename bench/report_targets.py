@@ -15,8 +15,8 @@ POINTS_APART = 0.10  # 10,000 adapters from 200
 OVER_SPLIT = 1.3
 SPLIT = "no-unify-mem"
 FLOODED = 2.0
-SLO = "6s"
-OTHERS = ("first come", "newest first", "the paper's")  # that attainment has to beat
+OURS = {"6s": "sloraj", "1s": "sloraj, for 1 s"}  # by the objective that it is set to
+OTHERS = ("first come", "newest first", "the paper's", "the paper's, for 1 s")
 
 
 def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -82,18 +82,19 @@ def _split(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
 
 
 def _attainment(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-    """Ours at every load against the best of the others at the same one."""
-    by_load: dict[float, dict[str, float]] = {}
-    for row in pick(rows, "abort"):
-        by_load.setdefault(row.load, {})[row.system] = row.slo(SLO)
-    for load, found in sorted(by_load.items()):
-        others = {name: value for name, value in found.items() if name in OTHERS}
-        if "sloraj" in found and others:
-            best = max(others, key=lambda name: others[name])
-            yield target(
-                "C2", f"first tokens within 6 s at load {load:g}, {best} the best of the others",
-                measured=found["sloraj"], limit=others[best], unit="", is_minimum=True,
-            )  # fmt: skip
+    """Ours at every load and objective against the best of the others at the same ones."""
+    found = pick(rows, "abort")
+    for slo, ours in OURS.items():
+        for load in sorted({row.load for row in found}):
+            at_load = {row.system: row.slo(slo) for row in found if row.load == load}
+            others = {name: value for name, value in at_load.items() if name in OTHERS}
+            if ours in at_load and others:
+                best = max(others, key=lambda name: others[name])
+                yield target(
+                    "C2", f"first tokens within {slo.removesuffix('s')} s at load {load:g}, {best} "
+                    "the best of the others",
+                    measured=at_load[ours], limit=others[best], unit="", is_minimum=True,
+                )  # fmt: skip
 
 
 def _flood(rows: Sequence[Row]) -> Iterable[dict[str, Any]]:

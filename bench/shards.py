@@ -107,6 +107,11 @@ ABORTS: dict[str, dict[str, Any]] = {  # who is served when not all can be
     "newest first": {"policies": NEWEST, "newest_first": True},
     "the paper's": {"policies": (("early_abort", "paper"), ("first_token_slo_s", SLO_S))},
 }
+ABORTS_1S: dict[str, dict[str, Any]] = {  # the same for an objective of 1 s
+    f"{name}, for 1 s": {"policies": tuple({**dict(kept), "first_token_slo_s": 1.0}.items())}
+    for name in ("sloraj", "the paper's")
+    for kept in [ABORTS[name]["policies"]]
+}
 POLICIES: dict[str, dict[str, Any]] = {  # one taken away or replaced at a time
     "sloraj": {},
     "no prefetch": {"policies": (("prefetch", False),)},
@@ -181,6 +186,9 @@ SHARDS: dict[str, list[Point]] = {
     ),
     "abort-more": loads(
         "abort", ABORTS, duration_s=25.0, points=[{"load": load} for load in (1.1, 1.5)]
+    ),
+    "abort-1s": loads(
+        "abort", ABORTS_1S, duration_s=25.0, points=[{"load": x} for x in (1.3, 0.9, 1.1, 1.5)]
     ),
     "ranks": [
         point
