@@ -112,7 +112,8 @@ def describe(case: Case) -> str:
     sizes = f"{config.block_out}x{config.block_in}/{config.split_in} st{config.num_stages}"
     if isinstance(config, triton.Config):
         return f"t{sizes} w{config.num_warps}"
-    return f"m{config.num_groups}*{sizes} b{config.num_beside}{'' if config.swap else ' ns'}"
+    chunk = f" c{config.chunk_in}" if config.chunk_in else ""
+    return f"m{config.num_groups}*{sizes} b{config.num_beside}{'' if config.swap else ' ns'}{chunk}"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -23,13 +24,20 @@ from bench.linear_cases import SHAPES, Case, Config, compile_all, describe, lock
 from pallas_kernels import linear_mosaic as mosaic
 from pallas_kernels import linear_triton as triton
 
+FEW_ROWS = 16  # whose x is small beside any weight
+CHUNK_IN = 128  # one-byte weights that lie together in shared memory
 TUNED = ("int8", "bfloat16")  # fp8 works as int8 does
 
 
 def mosaic_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int) -> list[Config]:
-    """Blocks that fill the device once, best filled first."""
+    """Blocks that fill the device once, best filled first.
+
+    x is as large as the weight, or larger, for the cache that it comes from: of one byte and many
+    rows, copies of x shared by two blocks are tried too.
+    """
     rated: list[tuple[float, Config]] = []
     swap = weight_bytes == 1
+    besides = (1, 2) if swap and rows > FEW_ROWS else (1,)
     for split in (1, 2, 4):
         one_wave = math.ceil(out_size * split / mosaic.NUM_BLOCKS / 8) * 8
         blocks_out = ((64, 1), (64, 2), (64, 3), (128, 2)) if swap else ((one_wave, 1),)
@@ -41,13 +49,16 @@ def mosaic_candidates(out_size: int, in_size: int, rows: int, weight_bytes: int)
             for block_in in (128, 256) if rows <= 64 else (128, 64):
                 if in_size % (block_in * split):
                     continue
-                config = mosaic.Config(
-                    block_out=block_out, num_groups=groups, block_in=block_in,
-                    split_in=split, num_beside=1, num_stages=2, swap=swap,
-                ).with_most_stages(rows, weight_bytes)  # fmt: skip
-                if config is not None and config.num_stages > 2:
-                    fill = blocks / (waves * mosaic.NUM_BLOCKS)
-                    rated.append((fill - 0.03 * split - 0.05 * (waves - 1), config))
+                fill = blocks / (waves * mosaic.NUM_BLOCKS)
+                chunks = (0, CHUNK_IN) if swap and block_in > CHUNK_IN else (0,)
+                for beside, chunk_in in itertools.product(besides, chunks):
+                    config = mosaic.Config(
+                        block_out=block_out, num_groups=groups, block_in=block_in,
+                        split_in=split, num_beside=beside, num_stages=2, swap=swap,
+                        chunk_in=chunk_in,
+                    ).with_most_stages(rows, weight_bytes)  # fmt: skip
+                    if config is not None and config.num_stages > 2:
+                        rated.append((fill - 0.03 * split - 0.05 * (waves - 1), config))
     return [config for _, config in sorted(rated, key=lambda r: -r[0])]
 
 
@@ -146,7 +157,7 @@ def main() -> None:
     parser.add_argument("--dtypes", type=words, default=TUNED)
     parser.add_argument("--rows", type=ints, default=[1, 16, 64, 128, 256])
     parser.add_argument("--xla-rows", type=ints, default=[1, 16, 64, 128, 256])
-    parser.add_argument("--most", type=int, default=6, help="Mosaic candidates of each shape")
+    parser.add_argument("--most", type=int, default=12, help="Mosaic candidates of each shape")
     parser.add_argument("--triton", type=int, default=4, help="Triton candidates of each shape")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--lock", type=Path)

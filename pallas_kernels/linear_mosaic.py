@@ -40,6 +40,9 @@ class Config:
     num_beside: int  # blocks of a cluster that share the copies of x
     num_stages: int
     swap: bool  # weights on the wide side of the product, x on the narrow one
+    # One-byte weights are converted so many input features at a time (0: a step's), the next ones
+    # while the product of those before runs.
+    chunk_in: int = 0
     # A block that deals its registers out among its warpgroups owns all of a multiprocessor's, and
     # nothing runs beside it. One that leaves room has as many a thread as its code needs.
     leaves_room: bool = False
@@ -48,6 +51,8 @@ class Config:
         # More groups than this would want more registers than there are, and wait for ever.
         if self.num_groups > MAX_GROUPS:
             raise ValueError(f"num_groups: got {self.num_groups}, allowed: 1 to {MAX_GROUPS}")
+        if self.chunk_in and self.block_in % self.chunk_in:
+            raise ValueError(f"chunk_in: got {self.chunk_in}, allowed: parts of {self.block_in}")
 
     @property
     def compute_registers(self) -> int:
@@ -146,12 +151,16 @@ def _multiply(block: _Block, weight: Ref, x: Ref, sums: Ref) -> None:
     """One step of the loop, for the features of this warpgroup."""
     config = block.config
     weight = weight.at[pl.ds(block.group * config.block_out, config.block_out)]
-    if weight.dtype != x.dtype:
-        plgpu.wgmma(sums, widened(weight[...], x.dtype), x.T)
-    elif config.swap:
-        plgpu.wgmma(sums, weight, x.T)
-    else:
-        plgpu.wgmma(sums, x, weight.T)
+    width = config.chunk_in or config.block_in
+    for first in range(0, config.block_in, width):
+        columns = slice(None) if width == config.block_in else pl.ds(first, width)
+        w, rows = weight.at[:, columns], x.at[:, columns]
+        if weight.dtype != x.dtype:
+            plgpu.wgmma(sums, widened(w[...], x.dtype), rows.T)
+        elif config.swap:
+            plgpu.wgmma(sums, w, rows.T)
+        else:
+            plgpu.wgmma(sums, rows, w.T)
     plgpu.wgmma_wait(0)
 
 

@@ -78,6 +78,11 @@ def test_what_other_devices_run_agrees_with_the_oracle(weight: str, num_rows: in
     [
         ("int8", {"split_in": 4}),
         ("int8", {"split_in": 2, "num_beside": 2, "num_groups": 3}),
+        (
+            "int8",
+            {"split_in": 2, "num_beside": 2, "num_groups": 2, "block_in": 256, "chunk_in": 128},
+        ),
+        ("fp8", {"num_groups": 2, "block_in": 256, "chunk_in": 128, "num_stages": 3}),
         ("fp8", {"block_out": 128, "num_beside": 2}),
         ("bfloat16", {"split_in": 2, "block_out": 40, "num_groups": 1, "swap": False}),
         ("bfloat16", {"num_beside": 2, "block_out": 32, "swap": False, "leaves_room": True}),

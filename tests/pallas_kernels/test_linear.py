@@ -175,6 +175,7 @@ def make_mosaic(**changes: Any) -> mosaic.Config:
         ("bfloat16", (5, 96, 192), {"block_out": 40, "swap": False}),
         ("int8", (8, 256, 128), {"num_groups": 2}),
         ("fp8", (16, 128, 192), {"num_beside": 2}),  # two blocks share the copies of x
+        ("int8", (16, 128, 256), {"block_in": 128, "chunk_in": 64}),
     ],
 )
 def test_mosaic_kernel_agrees_with_the_oracle(
@@ -219,9 +220,25 @@ def test_mosaic_kernel_lowers(weight: str, num_rows: int, sizes: tuple[int, int]
     assert "mosaic_gpu" in lowered(run, bf16(num_rows, in_size), *arrays)
 
 
-def test_more_groups_than_registers_are_refused() -> None:
+@needs_mosaic
+@pytest.mark.parametrize("weight", ["int8", "fp8"])
+def test_mosaic_kernel_that_converts_chunks_beside_products_lowers(weight: str) -> None:
+    config = make_mosaic(
+        block_in=256, chunk_in=128, num_groups=2, num_beside=2, split_in=2
+    ).with_most_stages(64, 1)
+
+    def run(x: Any, w: Any, scale: Any) -> Any:
+        return linear(x, w, scale, implementation="mosaic", config=config)
+
+    arrays = array(12288, 4096, dtype=WEIGHTS[weight]), array(12288, dtype=jnp.float32)
+    assert "mosaic_gpu" in lowered(run, bf16(64, 4096), *arrays)
+
+
+def test_blocks_that_could_not_work_are_refused() -> None:
     with pytest.raises(ValueError, match="num_groups: got 4, allowed: 1 to 3"):
         make_mosaic(num_groups=4)
+    with pytest.raises(ValueError, match="chunk_in: got 48, allowed: parts of 64"):
+        make_mosaic(chunk_in=48)
 
 
 def test_the_mosaic_heuristic_says_what_it_cannot_serve() -> None:
