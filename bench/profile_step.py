@@ -14,6 +14,7 @@ import jax
 GROUPS = (
     ("lora_shrink", ("lora_shrink",)),
     ("lora_expand", ("lora_expand",)),
+    ("lora_rows", ("lora_rows",)),
     ("attention", ("paged_decode_attention", "paged_ragged_attention")),
     ("rope_write", ("rope_write",)),
     ("add_rms_norm", ("add_rms_norm",)),

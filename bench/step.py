@@ -253,7 +253,7 @@ def _quantized_targets(
 def elementwise_share(groups: dict[str, dict[str, float]]) -> float:
     """Of the kernels' time, what is neither matmul nor attention nor LoRA."""
     total = sum(cost["us"] for cost in groups.values())
-    named = ("matmul", "attention", "lora_shrink", "lora_expand")
+    named = ("matmul", "attention", "lora_shrink", "lora_expand", "lora_rows")
     return 1 - sum(groups[name]["us"] for name in named if name in groups) / total
 
 

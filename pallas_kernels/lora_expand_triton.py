@@ -88,12 +88,7 @@ def _kernel(
     out_sizes: tuple[int, ...],
     block_rows: int,
 ) -> None:
-    column_block = pl.program_id(0)
-    first_blocks = _column_blocks(out_sizes, config)[0]
-    place = jnp.int32(0)
-    for first in first_blocks[1:]:
-        place = place + (column_block >= first).astype(jnp.int32)
-    first_chunk = (column_block - select_static(first_blocks, place)) * config.block_chunks
+    place, first_chunk = find_columns(pl.program_id(0), out_sizes, config.block_chunks)
     first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
     # says so that columns start at multiples of it, which lets whole vectors be loaded
     align = math.gcd(CHUNK, y_ref.shape[1], *out_sizes)
@@ -138,10 +133,27 @@ def _kernel(
     for_each_tile(adapters, expand, block_rows=block_rows, axis=1)
 
 
-def _column_blocks(out_sizes: tuple[int, ...], config: Config) -> tuple[list[int], int]:
+def column_blocks(out_sizes: tuple[int, ...], block_chunks: int) -> tuple[list[int], int]:
     """Where each module's blocks start along the grid's first axis, and how many there are."""
-    counts = [pl.cdiv(chunks_per_row(size), config.block_chunks) for size in out_sizes]
+    counts = [pl.cdiv(chunks_per_row(size), block_chunks) for size in out_sizes]
     return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
+
+
+def find_columns(
+    column_block: jax.Array, out_sizes: tuple[int, ...], block_chunks: int
+) -> tuple[jax.Array, jax.Array]:
+    """Which module a block of columns is of, by its place among them, and its first chunk there."""
+    first_blocks = column_blocks(out_sizes, block_chunks)[0]
+    place = jnp.int32(0)
+    for first in first_blocks[1:]:
+        place = place + (column_block >= first).astype(jnp.int32)
+    return place, (column_block - select_static(first_blocks, place)) * block_chunks
+
+
+def fitting_chunks(block_chunks: int, out_sizes: tuple[int, ...], page_chunks: int) -> int:
+    """At most so many chunks of a row: a block of it lies in two pages at most."""
+    widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
+    return min(block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
 
 
 def _expand_row(
@@ -320,14 +332,12 @@ def lora_expand_triton(
         _, config = find_config(
             adapters, block_rows=block_rows, width=sum(out_sizes), num_ranks=v.shape[2]
         )
-    widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
-    # a block of a row lies in two pages at most
-    block_chunks = min(config.block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
+    block_chunks = fitting_chunks(config.block_chunks, out_sizes, page_chunks)
     config = dataclasses.replace(config, block_chunks=block_chunks)
     kernel = functools.partial(
         _kernel, config=config, modules=modules, out_sizes=out_sizes, block_rows=block_rows
     )
-    num_column_blocks = _column_blocks(out_sizes, config)[1]
+    num_column_blocks = column_blocks(out_sizes, block_chunks)[1]
     out = jax.ShapeDtypeStruct((v.shape[0], sum(out_sizes)), jnp.float32)
     if base is not None:
         out = jax.ShapeDtypeStruct(base.shape, base.dtype)

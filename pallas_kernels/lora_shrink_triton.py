@@ -95,7 +95,7 @@ def _kernel(
 
     def shrink(tile: jax.Array) -> None:
         # of a tile that is sure to be a row, x is on its way while the segment is
-        x_row = _load_row(x_ref, adapters, tile, config) if block_rows == 1 else None
+        x_row = load_row(x_ref, adapters, tile, config.row_chunks) if block_rows == 1 else None
         segment = read_segment(adapters, tile, select_static(modules, place))
         num_ranks = jax.lax.div(segment.rank + (rank_split - 1), jnp.int32(rank_split))
         share_ranks = jnp.maximum(pl.cdiv(num_ranks, config.num_shares), config.row_ranks)
@@ -113,7 +113,7 @@ def _kernel(
 
             @pl.when(num_tile_rows == 1)
             def _() -> None:
-                x_row = _load_row(x_ref, adapters, start, config)
+                x_row = load_row(x_ref, adapters, start, config.row_chunks)
                 _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
 
             @pl.when(num_tile_rows > 1)
@@ -124,19 +124,20 @@ def _kernel(
     for_each_tile(adapters, shrink, block_rows=block_rows, axis=2)
 
 
-class _Row(NamedTuple):
-    """A tile's one row, in blocks of chunks."""
+class Row(NamedTuple):
+    """A tile's one row of x, in blocks of chunks."""
 
     row: jax.Array
     blocks: list[jax.Array]  # [block_chunks, 128]
 
 
-def _load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, config: Config) -> _Row:
+def load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, most_chunks: int) -> Row:
+    """The row at a place of the order, in blocks of at most so many chunks."""
     width = x_ref.shape[1]
     row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
     # a block of a row lies in two pages at most
     block_chunks = min(
-        config.row_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
+        most_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
     )
     row = adapters.row_order[row_place]
     column = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0) * CHUNK
@@ -149,43 +150,56 @@ def _load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, config:
         index = (jnp.full_like(column, row), start * CHUNK + column)
         x = pltriton.load(x_ref.at[index], mask=mask, other=None if mask is None else 0)
         blocks.append(x)
-    return _Row(row, blocks)
+    return Row(row, blocks)
+
+
+def rank_products(
+    x_row: Row,
+    adapters: AdapterArrays,
+    segment: Segment,
+    first_rank: jax.Array,
+    is_rank: jax.Array,
+    width: int,
+) -> jax.Array:
+    """Products of a row of x and rows `first_rank, ...` of its A, `is_rank [n]` of them real:
+    f32 `[n, columns]`, whose sums over the columns are v.
+    """
+    row_chunks, block_chunks = chunks_per_row(width), x_row.blocks[0].shape[0]
+    num_ranks = is_rank.shape[0]
+    first_chunk = segment.a_chunk + first_rank * row_chunks
+    index = jnp.arange(block_chunks, dtype=jnp.int32)
+    product = None
+    for start, x in zip(range(0, row_chunks, block_chunks), x_row.blocks, strict=True):
+        rows = find_rows(
+            adapters,
+            segment.slot,
+            first_chunk + start,
+            row_chunks,
+            num_rows=num_ranks,
+            max_row_chunks=row_chunks,
+        )
+        is_real = is_rank[:, None]
+        if start + block_chunks > row_chunks:
+            is_real = is_real & (index < row_chunks - start)[None, :]
+        a = read_rows(adapters, rows, index, is_real)
+        part = a.astype(jnp.float32) * x.astype(jnp.float32)[None]
+        product = part if product is None else product + part
+    assert product is not None
+    return product.reshape(num_ranks, block_chunks * CHUNK)
 
 
 def _shrink_row(
-    x_row: _Row, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config, width: int
+    x_row: Row, adapters: AdapterArrays, v_ref: Ref, share: _Share, config: Config, width: int
 ) -> None:
     """The tile's one row: x stays in registers, rows of A stream past it."""
-    row, x_blocks = x_row
-    row_chunks, block_chunks = chunks_per_row(width), x_blocks[0].shape[0]
-    starts = range(0, row_chunks, block_chunks)
 
     def shrink_ranks(step: jax.Array, _: jax.Array) -> jax.Array:
         first_rank = share.first + step * config.row_ranks
         rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < share.stop
-        first_chunk = share.segment.a_chunk + first_rank * row_chunks
-        index = jnp.arange(block_chunks, dtype=jnp.int32)
-        product = None
-        for start, x in zip(starts, x_blocks, strict=True):
-            rows = find_rows(
-                adapters,
-                share.segment.slot,
-                first_chunk + start,
-                row_chunks,
-                num_rows=config.row_ranks,
-                max_row_chunks=row_chunks,
-            )
-            is_real = is_rank[:, None]
-            if start + block_chunks > row_chunks:
-                is_real = is_real & (index < row_chunks - start)[None, :]
-            a = read_rows(adapters, rows, index, is_real)
-            part = a.astype(jnp.float32) * x.astype(jnp.float32)[None]
-            product = part if product is None else product + part
-        assert product is not None
-        shrunk = jnp.sum(product.reshape(config.row_ranks, block_chunks * CHUNK), axis=1)
-        out = v_ref.at[jnp.full_like(rank, row), jnp.full_like(rank, share.place), rank]
-        pltriton.store(out, shrunk, mask=is_rank)
+        products = rank_products(x_row, adapters, share.segment, first_rank, is_rank, width)
+        where = (jnp.full_like(rank, x_row.row), jnp.full_like(rank, share.place), rank)
+        pltriton.store(v_ref.at[where], jnp.sum(products, axis=1), mask=is_rank)
         return _
 
     num_steps = pl.cdiv(share.stop - share.first, config.row_ranks)

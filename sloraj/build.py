@@ -232,8 +232,8 @@ def build_runner(
     else:
         runner.compile(on_progress, only=only)
     log.info(
-        "kernels %s, %d programs (%d compilations answered by the cache), %s",
-        kernels, runner.num_programs, runner.num_cache_hits, _names(buckets),
+        "kernels %s, %d programs, %s; %d compilations came from the cache",
+        kernels, runner.num_programs, _names(buckets), runner.num_cache_hits,
     )  # fmt: skip
     scheduler_config = SchedulerConfig(
         num_pages=plan.num_pages,

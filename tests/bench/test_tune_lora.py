@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bench.kernels_lora import MAX_RANK, make_world
-from bench.tune_lora import candidates, searches
+from bench.tune_lora import (
+    ONE_KERNEL,
+    OPS,
+    TWO_KERNELS,
+    candidates,
+    keep,
+    searches,
+    single_rows,
+)
+from pallas_kernels.shapes import MODELS
+from tests.pallas_kernels.test_legality import TRITON, adapters, bf16, lowered
 
 
 @pytest.mark.parametrize(
@@ -16,12 +28,14 @@ def test_searches_are_for_the_keys_of_their_steps(
 ) -> None:
     (tokens,) = rows + beside
     found = list(searches(["demo"], rows, beside, ["attention"]))
+    ops = OPS if block_rows == 1 else OPS[:2]
     assert {(search.op, search.modules) for search in found} == {
-        (op, modules) for op in ("lora_shrink", "lora_expand") for modules in ((0, 1, 2), (3,))
+        (op, modules) for op in ops for modules in ((0, 1, 2), (3,))
     }
     for search in found:
         key = search.key(make_world(search.case))
-        assert f"block_rows={block_rows}," in key and f"num_tokens={tokens}," in key
+        assert f"num_tokens={tokens}," in key
+        assert search.op == ONE_KERNEL or f"block_rows={block_rows}," in key
 
 
 def test_candidates_differ_and_divide_the_ranks() -> None:
@@ -29,5 +43,30 @@ def test_candidates_differ_and_divide_the_ranks() -> None:
         for search in searches(["llama-7b"], rows, beside, ["attention"]):
             tried = list(candidates(search))
             assert len(tried) == len(set(tried)) > 10
+            assert (TWO_KERNELS in tried) == (search.op == ONE_KERNEL)
             if search.op == "lora_shrink":
                 assert all(1 <= config.num_shares <= MAX_RANK for config in tried)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+def test_one_kernel_and_two_lower_for_the_same_rows() -> None:
+    (search,) = (
+        search
+        for search in searches(["llama-7b"], [64], [], ["attention"])
+        if search.op == ONE_KERNEL and len(search.modules) == 3
+    )
+    for config, num_kernels in zip(list(candidates(search))[:2], (2, 1), strict=True):
+
+        def run(x: Any, *place: Any, config: Any = config) -> Any:
+            return single_rows(x, place, search.modules, (4096, 4096, 4096), config)
+
+        program = lowered(run, bf16(64, 4096), *adapters(MODELS["llama-7b"], 64, 1))
+        assert program.count(TRITON) == num_kernels
+
+
+def test_one_kernel_stays_in_the_table_only_where_it_beats_two() -> None:
+    entries = {"a": 1, "b": 2}
+    keep(entries, "a", None)
+    keep(entries, "b", {"config": {}})
+    keep(entries, "c", None)
+    assert entries == {"b": {"config": {}}}

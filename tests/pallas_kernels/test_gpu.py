@@ -12,6 +12,8 @@ import pytest
 from pallas_kernels import decode_attention_triton
 from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_rows import lora_rows
+from pallas_kernels.lora_rows_triton import Config
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from pallas_kernels.rope_write import HeadShape, rope_write
@@ -125,6 +127,35 @@ def test_lora_kernels_agree_with_the_oracle(implementation: str, batch: Any) -> 
         apart = np.asarray(run(case.x, None, v, *adapters)[1])
         assert_close(apart, case.expanded(np.zeros(base.shape), v, modules, sizes, 0))
         assert not apart[untouched].any()
+
+
+@pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch[3] == 1], ids=str)
+@pytest.mark.parametrize(("block_chunks", "row_ranks"), [(8, 8), (32, 4)])
+def test_the_kernel_of_single_rows_agrees_with_the_oracle_and_with_two(
+    batch: Any, block_chunks: int, row_ranks: int
+) -> None:
+    case, out_sizes = real_case(*batch)
+    modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
+    config = Config(block_chunks=block_chunks, row_ranks=row_ranks, num_warps=8)
+
+    @jax.jit
+    def run(x: Any, *adapters: Any) -> Any:
+        more: dict[str, Any] = {"modules": modules, "out_sizes": sizes, "implementation": "triton"}
+        v = lora_shrink(
+            *(x, *adapters), modules=modules, num_rows=64, rank_split=1, implementation="triton"
+        )
+        one = lora_rows(*(x, *adapters), max_rank=64, config=config, **more)
+        return one, lora_expand(*(None, v, *adapters, jnp.int32(0)), **more), v
+
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
+    one, two, v = (np.asarray(array) for array in run(case.x, *adapters))
+    exact = np.zeros_like(v, np.float64)
+    for (row, place), shrunk in case.shrunk(modules).items():
+        exact[row, place, : len(shrunk)] = shrunk
+    want = case.expanded(np.zeros(one.shape), exact, modules, sizes, 0)
+    assert_close(one, want)
+    assert_close(two, want)
+    assert not one[case.row_slots == 0].any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32], ids=["bfloat16", "float32"])

@@ -13,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels.add_norm import add_rms_norm
 from pallas_kernels.lora_expand import lora_expand
+from pallas_kernels.lora_rows import lora_rows
+from pallas_kernels.lora_rows_triton import Config
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from pallas_kernels.rope_write import HeadNorms, HeadShape, rope_write
@@ -96,6 +98,24 @@ def test_lora_kernels_lower(
     if block_rows == 1:
         program = lowered(expand, None, array(*v, dtype=jnp.float32), *arrays, array())
         assert TRITON in program and "output_operand_alias" not in program
+
+
+@pytest.mark.parametrize("model", [*MODELS.values()], ids=[*MODELS])
+@pytest.mark.parametrize("modules", [(0, 1, 2), (3,), (6,)])
+@pytest.mark.parametrize("block_chunks", [8, 32])
+def test_the_kernel_of_single_rows_lowers(
+    model: ModelShape, modules: tuple[int, ...], block_chunks: int
+) -> None:
+    out_sizes = tuple(model.module_sizes(module)[1] for module in modules)
+
+    def rows(*args: Any) -> Any:
+        return lora_rows(
+            *args, modules=modules, out_sizes=out_sizes, max_rank=64, implementation="triton",
+            config=Config(block_chunks=block_chunks, row_ranks=4, num_warps=8),
+        )  # fmt: skip
+
+    x = bf16(300, model.module_sizes(modules[0])[0])  # the first 64 of a longer step's tokens
+    assert lowered(rows, x, *adapters(model, 64, 1)).count(TRITON) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 
 from checkpoints.model_config import ModelConfig
 from pallas_kernels.dispatch import KernelChoice
+from pallas_kernels.lora_rows_triton import Config
 from sloraj.config import PoolLayout
+from sloraj.model import lora
 from sloraj.model.llama import abstract_model
 from sloraj.model.step import StepSpec
 from sloraj.parallel.mesh import make_mesh
@@ -97,3 +99,21 @@ def test_for_single_rows_no_lora_kernel_waits_for_the_product_beside_it(bucket: 
         kinds = 2 if is_mixed else 1
         assert waits[::kinds] == [*range(num_products)]
         assert not is_mixed or waits[1::2] == [place + own for place in range(num_products)]
+
+
+@pytest.mark.parametrize("bucket", ["decode-4", "mixed-16"])
+def test_where_the_table_says_so_one_kernel_serves_single_rows_and_waits_for_as_little(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Config(block_chunks=1, row_ranks=4, num_warps=4)
+    monkeypatch.setattr(lora, "chosen_config", lambda num_tokens, width, out_sizes: one)
+    config = tiny_config(num_layers=2)
+    jaxpr = trace(config, bucket).jaxpr
+    ancestry = Ancestry()
+    ancestry.walk(jaxpr, [frozenset()] * len(jaxpr.invars))
+    num_products = config.num_layers * PRODUCTS_A_LAYER
+    waits = [len(products) for name, products in ancestry.kernels if name == "lora_rows"]
+    assert waits == [*range(num_products)]
+    names = [name for name, _ in ancestry.kernels]
+    num_longer = num_products if bucket.startswith("mixed") else 0
+    assert names.count("lora_shrink") == names.count("lora_expand") == num_longer
