@@ -87,12 +87,12 @@ def candidates(search: Search) -> Iterator[Config]:
             if ranks * 4 >= warps:
                 yield shrink(num_shares=shares, row_ranks=ranks, num_warps=warps)
     elif search.op == "lora_shrink" and search.is_beside:
-        for (stages, chunks), warps in itertools.product(
-            ((2, 1), (3, 1), (5, 1), (6, 1), (2, 2), (3, 2), (2, 4)), (4, 8)
+        for (stages, chunks), warps, parts in itertools.product(
+            ((2, 1), (3, 1), (5, 1), (6, 1), (2, 2), (3, 2), (2, 4)), (4, 8), (1, 2, 4, 8)
         ):
             yield shrink(
                 num_shares=4, num_stages=stages, num_warps=warps, row_ranks=2, tile_ranks=16,
-                tile_chunks=chunks,
+                tile_chunks=chunks, num_parts=parts,
             )  # fmt: skip
     elif search.op == "lora_shrink":
         for shares, ranks, chunks, stages in itertools.product(

@@ -1,4 +1,8 @@
-"""LoRA shrink in Pallas-Triton: one program a tile, module and share of the rows of A."""
+"""LoRA shrink in Pallas-Triton: one program a tile, module and share of the rows of A.
+
+Of tiles of several rows, the input's columns may be dealt out too: few tiles are as slow as the one
+loop over them, which waits for every chunk. The parts' sums are added by XLA.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,7 @@ class Config:
     row_chunks: int = 32  # and chunks of each that are loaded at once
     tile_ranks: int = 16  # for a tile of several rows: rows of A at once
     tile_chunks: int = 1  # and chunks of each in a step
+    num_parts: int = 1  # programs that divide the chunks of a row
 
     @classmethod
     def heuristic(
@@ -74,6 +79,7 @@ class Config:
 class _Share(NamedTuple):
     """What one program computes of one tile: rows `[first, stop)` of A of one module."""
 
+    part: jax.Array  # of the input's chunks
     tile: jax.Array
     place: jax.Array  # of the module, in v
     segment: Segment
@@ -92,6 +98,8 @@ def _kernel(
     block_rows: int,
 ) -> None:
     share, place = pl.program_id(0), pl.program_id(1)
+    part = jax.lax.rem(share, jnp.int32(config.num_parts))
+    share = jax.lax.div(share, jnp.int32(config.num_parts))
 
     def shrink(tile: jax.Array) -> None:
         # of a tile that is sure to be a row, x is on its way while the segment is
@@ -101,7 +109,7 @@ def _kernel(
         share_ranks = jnp.maximum(pl.cdiv(num_ranks, config.num_shares), config.row_ranks)
         first = share * share_ranks
         stop = jnp.minimum(first + share_ranks, num_ranks)
-        block = _Share(tile, place, segment, first, stop)
+        block = _Share(part, tile, place, segment, first, stop)
 
         @pl.when(first < stop)
         def _() -> None:
@@ -111,10 +119,14 @@ def _kernel(
             start = adapters.starts[tile]
             num_tile_rows = adapters.starts[tile + 1] - start
 
-            @pl.when(num_tile_rows == 1)
+            @pl.when((num_tile_rows == 1) & (part == 0))
             def _() -> None:
                 x_row = load_row(x_ref, adapters, start, config.row_chunks)
                 _shrink_row(x_row, adapters, v_ref, block, config, x_ref.shape[1])
+
+            @pl.when((num_tile_rows == 1) & (part > 0))
+            def _() -> None:
+                _leave_nothing(v_ref, block, adapters.row_order[start])
 
             @pl.when(num_tile_rows > 1)
             def _() -> None:
@@ -198,12 +210,22 @@ def _shrink_row(
         rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < share.stop
         products = rank_products(x_row, adapters, share.segment, first_rank, is_rank, width)
-        where = (jnp.full_like(rank, x_row.row), jnp.full_like(rank, share.place), rank)
-        pltriton.store(v_ref.at[where], jnp.sum(products, axis=1), mask=is_rank)
+        where = (share.part, x_row.row, share.place)
+        out = v_ref.at[(*(jnp.full_like(rank, index) for index in where), rank)]
+        pltriton.store(out, jnp.sum(products, axis=1), mask=is_rank)
         return _
 
     num_steps = pl.cdiv(share.stop - share.first, config.row_ranks)
     jax.lax.fori_loop(0, num_steps, shrink_ranks, jnp.int32(0))
+
+
+def _leave_nothing(v_ref: Ref, share: _Share, row: jax.Array) -> None:
+    """Zeros in place of a part that another program computes whole."""
+    rank = jnp.arange(next_power_of_2(v_ref.shape[3]), dtype=jnp.int32)
+    where = (share.part, row, share.place)
+    out = v_ref.at[(*(jnp.full_like(rank, index) for index in where), rank)]
+    nothing = jnp.zeros(rank.shape, jnp.float32)
+    pltriton.store(out, nothing, mask=(rank >= share.first) & (rank < share.stop))
 
 
 def _shrink_tile(
@@ -228,6 +250,7 @@ def _shrink_tile(
         max_row_chunks=row_chunks,
     )
     is_whole = row_chunks <= page_chunks  # then a row is found once for all its chunks
+    chunk_steps = -(-row_chunks // (config.tile_chunks * config.num_parts))  # of a part
 
     def shrink_ranks(rank_step: jax.Array, _: jax.Array) -> jax.Array:
         first_rank = share.first + rank_step * config.tile_ranks
@@ -238,7 +261,7 @@ def _shrink_tile(
 
         def add_chunks(step: jax.Array, product: jax.Array) -> jax.Array:
             for i in range(config.tile_chunks):
-                chunk = step * config.tile_chunks + i
+                chunk = (share.part * chunk_steps + step) * config.tile_chunks + i
                 column = chunk * CHUNK + lane
                 x = pltriton.load(
                     x_ref.at[rows[:, None], column[None, :]],
@@ -253,10 +276,10 @@ def _shrink_tile(
                 product = product + dot_f32(x.astype(dtype), a.astype(dtype), trans_b=True)
             return product
 
-        num_steps = -(-row_chunks // config.tile_chunks)
         product = jnp.zeros((num_places, config.tile_ranks), jnp.float32)
-        product = jax.lax.fori_loop(0, num_steps, add_chunks, product)
-        out = v_ref.at[rows[:, None], jnp.full((1, 1), share.place), rank[None, :]]
+        product = jax.lax.fori_loop(0, chunk_steps, add_chunks, product)
+        part, place = jnp.full((1, 1), share.part), jnp.full((1, 1), share.place)
+        out = v_ref.at[part, rows[:, None], place, rank[None, :]]
         pltriton.store(out, product, mask=is_row[:, None] & is_rank[None, :])
         return _
 
@@ -305,16 +328,22 @@ def lora_shrink_triton(
             num_modules=len(modules),
             num_rows=num_rows,
         )
-    kernel = functools.partial(
-        _kernel, config=config, modules=modules, rank_split=rank_split, block_rows=block_rows
-    )
-    v: jax.Array = triton_call(
-        kernel,
-        jax.ShapeDtypeStruct((adapters.row_order.shape[0], len(modules), num_rows), jnp.float32),
+    num_parts = config.num_parts if block_rows > 1 else 1
+    config = dataclasses.replace(config, num_parts=num_parts)
+    shape = (num_parts, adapters.row_order.shape[0], len(modules), num_rows)
+    parts: jax.Array = triton_call(
+        functools.partial(
+            _kernel, config=config, modules=modules, rank_split=rank_split, block_rows=block_rows
+        ),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
         name="lora_shrink",
-        grid=(config.num_shares, len(modules), num_tile_programs(adapters, block_rows)),
+        grid=(
+            config.num_shares * num_parts,
+            len(modules),
+            num_tile_programs(adapters, block_rows),
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )(x, adapters)
-    return v
+    return parts[0] if num_parts == 1 else jnp.sum(parts, axis=0)

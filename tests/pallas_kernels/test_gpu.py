@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_rows import lora_rows
 from pallas_kernels.lora_rows_triton import Config
 from pallas_kernels.lora_shrink import lora_shrink
+from pallas_kernels.lora_shrink_triton import Config as ShrinkConfig
 from pallas_kernels.paged_attention import paged_decode_attention, paged_ragged_attention
 from pallas_kernels.rope_write import HeadShape, rope_write
 from pallas_kernels.shapes import MODELS, RANKS, row_slots
@@ -127,6 +129,24 @@ def test_lora_kernels_agree_with_the_oracle(implementation: str, batch: Any) -> 
         apart = np.asarray(run(case.x, None, v, *adapters)[1])
         assert_close(apart, case.expanded(np.zeros(base.shape), v, modules, sizes, 0))
         assert not apart[untouched].any()
+
+
+@pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch[3] > 1], ids=str)
+def test_parts_of_the_input_add_up_to_the_oracle(batch: Any) -> None:
+    case, out_sizes = real_case(*batch)
+    modules = tuple(out_sizes)
+    config = ShrinkConfig(
+        num_shares=4, num_warps=4, num_stages=3, row_ranks=2, tile_ranks=16, num_parts=4
+    )
+    run = functools.partial(
+        lora_shrink, modules=modules, num_rows=64, rank_split=1, implementation="triton",
+        config=config,
+    )  # fmt: skip
+    adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
+    v = np.asarray(jax.jit(run)(case.x, *adapters))
+    for (row, place), want in case.shrunk(modules).items():
+        accumulation = tensor_core_accumulation(case.x.shape[1])
+        assert_close(v[row, place, : len(want)], want, accumulation=accumulation)
 
 
 @pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch[3] == 1], ids=str)

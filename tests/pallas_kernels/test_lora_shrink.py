@@ -169,6 +169,8 @@ def test_the_largest_rank_is_served(implementation: str, block_rows: int) -> Non
         (1, Config(num_shares=3, row_ranks=4, row_chunks=64, num_warps=8)),
         (4, Config(num_shares=1, tile_ranks=16, tile_chunks=1, num_warps=4, num_stages=1)),
         (4, Config(num_shares=2, tile_ranks=32, tile_chunks=4, num_warps=4, num_stages=4)),
+        (4, Config(num_shares=2, tile_ranks=16, tile_chunks=2, num_warps=4, num_parts=3)),
+        (1, Config(num_shares=2, num_warps=4, num_parts=4)),  # single rows stay whole
     ],
 )
 def test_every_configuration_gives_the_same_answer(block_rows: int, config: Config) -> None:
