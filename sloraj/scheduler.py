@@ -130,7 +130,9 @@ class Scheduler:
         if not plan.chunks:
             return None
         num_rows = self._holdings.num_free_rows
-        self._foresight.plan_sends(plan, self._waiting, self._running, num_rows)
+        self._foresight.plan_sends(
+            plan, self._waiting, self._running, num_rows, is_tight=self._is_tight
+        )
         return self._commit(plan)
 
     def _wanting(self) -> tuple[list[Sequence], list[Sequence]]:

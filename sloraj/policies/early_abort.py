@@ -214,7 +214,9 @@ class PaperAbort(FirstComeFirstServed):
     def first(self, *, is_tight: bool = False) -> Sequence | None:
         return next(self.in_order(()), None)
 
-    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+    def in_order(
+        self, resumed: Iterable[Sequence], *, is_tight: bool = False
+    ) -> Iterator[Sequence]:
         values = self._by_tag.values()
         return iter(reversed(values)) if self.is_newest_first else iter(values)
 

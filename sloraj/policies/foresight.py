@@ -66,6 +66,7 @@ class Foresight:
     ) -> list[TooLate]:
         """The waiting sequences to abort before a step."""
         if isinstance(self._abort, ModelAbort):
+            # Whatever is tight now: else who is passed over looks late, and others pay for it.
             self._outlook.look(waiting.in_order(self._max_sequences), running, num_rows)
         if self._abort is None:
             return []
@@ -78,13 +79,20 @@ class Foresight:
         return self._prefetch.wants(list(waiting.in_order(prefetch.MAX_SEQUENCES)))
 
     def plan_sends(
-        self, plan: Plan, waiting: WaitingQueue, running: list[Sequence], num_rows: int
+        self,
+        plan: Plan,
+        waiting: WaitingQueue,
+        running: list[Sequence],
+        num_rows: int,
+        *,
+        is_tight: bool,
     ) -> None:
         """Add to a plan the adapters that are worth sending ahead."""
         if self._prefetch is None or not waiting:
             return
         if self._sparingly.begin():  # walking some orders is slow
-            self._window = list(waiting.in_order(prefetch.MAX_SEQUENCES))
+            in_order = waiting.in_order(prefetch.MAX_SEQUENCES, is_tight=is_tight)
+            self._window = list(in_order)
             self._sparingly.end()
         window = [s for s in self._window if s.state is SequenceState.WAITING]
         if self._prefetch.wants(window):

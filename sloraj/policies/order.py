@@ -36,9 +36,12 @@ class Order(Protocol):
     def pass_over(self) -> bool:
         """What `first` said does not fit: whether it now says another in this pass."""
 
-    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+    def in_order(
+        self, resumed: Iterable[Sequence], *, is_tight: bool = False
+    ) -> Iterator[Sequence]:
         """All of them as they would be admitted after the paused ones `resumed`, were there room
-        for all; lazily, changing nothing. Nothing else may be called meanwhile.
+        for all; lazily, changing nothing. Nothing else may be called meanwhile. Where what is left
+        is tight, who may not have it comes last.
         """
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:
@@ -93,7 +96,9 @@ class FirstComeFirstServed:
     def pass_over(self) -> bool:
         return False
 
-    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+    def in_order(
+        self, resumed: Iterable[Sequence], *, is_tight: bool = False
+    ) -> Iterator[Sequence]:
         return iter(self._sequences)
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:

@@ -22,6 +22,7 @@ from sloraj.policies.tenants import Tenants
 from sloraj.policies.walk import Walk
 from sloraj.request import Sequence
 
+AFTER_ALL = 1e15  # cost: more than any tenant is charged
 LoadedBytes = Callable[[Sequence], int]
 _Arrival = tuple[Account, float, float]  # score; cost of the prompt over the account's weight
 
@@ -126,17 +127,23 @@ class RankedOrder:
         self._is_in_turn = self._is_out_of_turn
         return self._is_out_of_turn
 
-    def in_order(self, resumed: Iterable[Sequence]) -> Iterator[Sequence]:
+    def in_order(
+        self, resumed: Iterable[Sequence], *, is_tight: bool = False
+    ) -> Iterator[Sequence]:
         counters: dict[Account, float] = {}
         taken: set[Sequence] = set()
         loaded = {sequence.version_id for sequence in resumed}
+        keeps_room = is_tight and self._keeps_room()  # before the walk: it walks, too
         walk = Walk(self._ranking, counters, taken)
+        passed_over: set[Account] = set()
         ahead = None
-        if self._clustering is not None:
+        if self._clustering is not None and not keeps_room:
             ahead = ClusteringAhead(self._clustering, counters, taken)
             for version_id in loaded:
                 ahead.start(version_id)
         while (head := walk.peek()) is not None:
+            if keeps_room and self._passes_over(head[2], counters, passed_over):
+                continue
             sequence = head[2] if ahead is None else ahead.choose(head)
             taken.add(sequence)
             if self._tenants is not None:
@@ -146,6 +153,25 @@ class RankedOrder:
                     charge += self._load_cost(account, self._loaded_bytes(sequence))
                 counters[account] = counters.get(account, account.counter) + charge
             yield sequence
+
+    def _keeps_room(self) -> bool:
+        """Whether who runs too many is passed over for somebody who waits."""
+        if self._tenants is None:
+            return False
+        first = self._first_behind(self._tenants)
+        return first is None or not self._tenants.is_ahead(self._arrivals[first][0])
+
+    def _passes_over(
+        self, sequence: Sequence, counters: dict[Account, float], passed_over: set[Account]
+    ) -> bool:
+        """Whether its tenant runs too many, as things are; then it comes after all others."""
+        assert self._tenants is not None
+        account = self._arrivals[sequence][0]
+        if account in passed_over or not self._tenants.is_ahead(account):
+            return False
+        passed_over.add(account)
+        counters[account] = counters.get(account, account.counter) + AFTER_ALL
+        return True
 
     # --- who is served ---
 

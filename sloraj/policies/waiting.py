@@ -67,12 +67,13 @@ class WaitingQueue:
         """What `first` said cannot run yet: whether it now says another in this pass."""
         return not self._preempted and self._order.pass_over()
 
-    def in_order(self, limit: int) -> Iterator[Sequence]:
-        """At most `limit` sequences as they would be admitted, were there room for all.
+    def in_order(self, limit: int, *, is_tight: bool = False) -> Iterator[Sequence]:
+        """At most `limit` sequences as they would be admitted, were there room for all; where what
+        is left is tight, those last that may not have it.
 
         Lazily; the queue must not be changed meanwhile.
         """
-        new = self._order.in_order(self._preempted)
+        new = self._order.in_order(self._preempted, is_tight=is_tight)
         return itertools.islice(itertools.chain(self._preempted, new), limit)
 
     def admit(self, sequence: Sequence, loaded_bytes: int) -> None:

@@ -195,12 +195,16 @@ def test_what_is_tight_is_kept_from_a_tenant_that_runs_too_many() -> None:
     queue.admit(other, 0)
     assert queue.first() is flood[6]
     assert queue.first(is_tight=True) is None  # nobody waits but who runs six of seven
+    assert list(queue.in_order(9, is_tight=True)) == flood[6:]  # when there is room again
     another = come("other")
     assert queue.first(is_tight=True) is another
+    assert next(queue.in_order(9)) is flood[6]
+    assert list(queue.in_order(9, is_tight=True)) == [another, *flood[6:]]
     queue.admit(another, 0)
     for sequence in flood[:5]:
         queue.finish(sequence)
     assert queue.first(is_tight=True) is flood[6]  # one of three is no more than an equal part
+    assert list(queue.in_order(9, is_tight=True)) == flood[6:]
     queue.check_integrity([flood[5], other, another])
 
 
@@ -217,6 +221,7 @@ def test_room_is_kept_only_while_others_are_not_ahead_by_more_than_the_lead() ->
         queue.admit(sequence, 0)
     queue.admit(dear, 0)  # it has been served 100, the others' tenant 6 in all
     assert queue.first(is_tight=True) is served[6]
+    assert next(queue.in_order(9, is_tight=True)) is served[6]
 
 
 @pytest.mark.parametrize(("tolerance", "order"), [(0.0, [0, 2, 1]), (1e6, [0, 1, 2])])
