@@ -103,11 +103,8 @@ def main() -> None:
     try:
         runs = [run for path in sorted(args.sweeps.glob("*.jsonl")) for run in read_runs(path)]
         fitted = chosen(runs, args.fit)
-        steps, (host, first_token) = (
-            map(_read, args.steps),
-            map(_read, (args.host, args.first_token)),
-        )
-        model = fit(fitted, list(steps), host, first_token)
+        steps = [_read(path) for path in args.steps]
+        model = fit(fitted, steps, _read(args.host), _read(args.first_token))
     except (OSError, ValueError, RecordError) as exc:
         raise SystemExit(f"bench.simulator.fit_sweeps: {exc}") from exc
     known, geometry = {run.name for run in fitted}, fitted[0].engine.geometry
