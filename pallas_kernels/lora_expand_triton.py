@@ -63,7 +63,7 @@ class Config:
         return cls(block_chunks=chunks, num_warps=warps, row_ranks=ranks)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """What one program computes: a run of columns of one module, for the rows of one tile."""
 
     tile: jax.Array
@@ -95,8 +95,6 @@ def _kernel(
     offset = jax.lax.div(column_offset_ref[0], jnp.int32(align)) * align
     first_column = offset + select_static(first_columns, place)
 
-    row_chunks = [chunks_per_row(size) for size in out_sizes]
-
     def expand(tile: jax.Array) -> None:
         segment = read_segment(adapters, tile, select_static(modules, place))
         # without a base a tile of no adapter writes zeros to the row that stands in its place
@@ -104,17 +102,8 @@ def _kernel(
 
         @pl.when(has_work)
         def _() -> None:
-            block = _Block(
-                tile=tile,
-                place=place,
-                segment=segment,
-                first_chunk=first_chunk,
-                row_chunks=select_static(row_chunks, place),
-                max_row_chunks=max(row_chunks),
-                width=select_static(out_sizes, place),
-                first_column=first_column,
-            )
-            exact = all(size % (config.block_chunks * CHUNK) == 0 for size in out_sizes)
+            block = make_block(tile, place, segment, first_chunk, first_column, out_sizes)
+            exact = is_exact(out_sizes, config.block_chunks)
             if block_rows == 1:
                 _expand_row(tile, base_ref, v_ref, adapters, y_ref, block, config, exact)
                 return
@@ -150,6 +139,63 @@ def find_columns(
     return place, (column_block - select_static(first_blocks, place)) * block_chunks
 
 
+def make_block(
+    tile: jax.Array,
+    place: jax.Array,
+    segment: Segment,
+    first_chunk: jax.Array,
+    first_column: jax.Array,
+    out_sizes: tuple[int, ...],
+) -> Block:
+    """The block of a tile that begins at a chunk of the module at `place`."""
+    row_chunks = [chunks_per_row(size) for size in out_sizes]
+    return Block(
+        tile=tile,
+        place=place,
+        segment=segment,
+        first_chunk=first_chunk,
+        row_chunks=select_static(row_chunks, place),
+        max_row_chunks=max(row_chunks),
+        width=select_static(out_sizes, place),
+        first_column=first_column,
+    )
+
+
+def is_exact(out_sizes: tuple[int, ...], block_chunks: int) -> bool:
+    """Whether every block is full, so that nothing of it need be masked."""
+    return all(size % (block_chunks * CHUNK) == 0 for size in out_sizes)
+
+
+def block_columns(
+    block: Block, row: jax.Array, block_chunks: int, exact: bool
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
+    """Where a row's columns of a block lie in y, `[block_chunks, 128]`, and which are real."""
+    shape = (block_chunks, CHUNK)
+    column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * CHUNK + block.first_chunk * CHUNK
+    column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    where = (jnp.full_like(column, row), block.first_column + column)
+    return where, None if exact else column < block.width
+
+
+def read_block(
+    adapters: AdapterArrays,
+    block: Block,
+    step: jax.Array,
+    is_rank: jax.Array,
+    block_chunks: int,
+    exact: bool,
+) -> jax.Array:
+    """The block's columns of the rows of B of a step of the loop, `is_rank [n]` of them real:
+    `[n, block_chunks, 128]`.
+    """
+    rows = _find_rows(adapters, block, block.first_chunk, step, num_rows=is_rank.shape[0])
+    index = jnp.arange(block_chunks, dtype=jnp.int32)
+    is_real = is_rank[:, None]
+    if not exact:
+        is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
+    return read_rows(adapters, rows, index, is_real)
+
+
 def fitting_chunks(block_chunks: int, out_sizes: tuple[int, ...], page_chunks: int) -> int:
     """At most so many chunks of a row: a block of it lies in two pages at most."""
     widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
@@ -162,36 +208,26 @@ def _expand_row(
     v_ref: Ref,
     adapters: AdapterArrays,
     y_ref: Ref,
-    block: _Block,
+    block: Block,
     config: Config,
     exact: bool,
 ) -> None:
     """The tile's one row: rows of B stream past its columns."""
     row = adapters.row_order[row_place]
-    shape = (config.block_chunks, CHUNK)
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * CHUNK + block.first_chunk * CHUNK
-    column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    where = (jnp.full_like(column, row), block.first_column + column)
-    is_column = None if exact else column < block.width
+    where, is_column = block_columns(block, row, config.block_chunks, exact)
     other = None if exact else 0
     base = None
     if base_ref is not None:
         base = pltriton.load(base_ref.at[where], mask=is_column, other=other)
-    index = jnp.arange(config.block_chunks, dtype=jnp.int32)
-    find = functools.partial(
-        _find_rows, adapters, block, block.first_chunk, num_rows=config.row_ranks
-    )
 
     def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
         rank = step * config.row_ranks + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < block.segment.rank
-        is_real = is_rank[:, None]
-        if not exact:
-            is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
-        b = read_rows(adapters, find(step), index, is_real)
+        b = read_block(adapters, block, step, is_rank, config.block_chunks, exact)
         v = _load_v(v_ref, jnp.full_like(rank, row), jnp.bool_(True), block, rank)
         return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
+    shape = (config.block_chunks, CHUNK)
     num_steps = pl.cdiv(block.segment.rank, config.row_ranks)
     delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
     if base is not None:
@@ -200,7 +236,7 @@ def _expand_row(
 
 
 def _load_v(
-    v_ref: Ref, row: jax.Array, is_row: jax.Array, block: _Block, rank: jax.Array
+    v_ref: Ref, row: jax.Array, is_row: jax.Array, block: Block, rank: jax.Array
 ) -> jax.Array:
     """v of some rows and ranks, zeros where there is none.
 
@@ -215,7 +251,7 @@ def _load_v(
 
 
 def _find_rows(
-    adapters: AdapterArrays, block: _Block, chunk: jax.Array, step: jax.Array, *, num_rows: int
+    adapters: AdapterArrays, block: Block, chunk: jax.Array, step: jax.Array, *, num_rows: int
 ) -> Rows:
     """Rows of B of one step of the loop, from their chunk `chunk` on."""
     first_chunk = block.segment.b_chunk + step * num_rows * block.row_chunks + chunk
@@ -234,7 +270,7 @@ def _expand_tile(
     v_ref: Ref,
     adapters: AdapterArrays,
     y_ref: Ref,
-    block: _Block,
+    block: Block,
     config: Config,
     num_places: int,
 ) -> None:

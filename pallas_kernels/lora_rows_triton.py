@@ -15,14 +15,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
-from pallas_kernels.lora_expand_triton import column_blocks, find_columns, fitting_chunks
+from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
+from pallas_kernels.lora_expand_triton import (
+    block_columns,
+    column_blocks,
+    find_columns,
+    fitting_chunks,
+    is_exact,
+    make_block,
+    read_block,
+)
 from pallas_kernels.lora_shrink_triton import load_row, rank_products
 from pallas_kernels.triton_blocks import (
     AdapterArrays,
     Ref,
-    find_rows,
-    read_rows,
     read_segment,
     select_static,
     triton_call,
@@ -49,43 +55,27 @@ def _kernel(
     modules: tuple[int, ...],
     out_sizes: tuple[int, ...],
 ) -> None:
-    tile = pl.program_id(1)
-    place, first_chunk = find_columns(pl.program_id(0), out_sizes, config.block_chunks)
+    tile, block_chunks = pl.program_id(1), config.block_chunks
+    place, first_chunk = find_columns(pl.program_id(0), out_sizes, block_chunks)
     x_row = load_row(x_ref, adapters, tile, config.row_chunks)
     segment = read_segment(adapters, tile, select_static(modules, place))
-    all_chunks = [chunks_per_row(size) for size in out_sizes]
-    row_chunks = select_static(all_chunks, place)
-    is_exact = all(size % (config.block_chunks * CHUNK) == 0 for size in out_sizes)
-    index = jnp.arange(config.block_chunks, dtype=jnp.int32)
+    first_column = select_static([sum(out_sizes[:i]) for i in range(len(out_sizes))], place)
+    block = make_block(tile, place, segment, first_chunk, first_column, out_sizes)
+    exact = is_exact(out_sizes, block_chunks)
 
     def add_ranks(step: jax.Array, delta: jax.Array) -> jax.Array:
         first_rank = step * config.row_ranks
         is_rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32) < segment.rank
-        rows = find_rows(
-            adapters,
-            segment.slot,
-            segment.b_chunk + first_rank * row_chunks + first_chunk,
-            row_chunks,
-            num_rows=config.row_ranks,
-            max_row_chunks=max(all_chunks),
-        )
-        is_real = is_rank[:, None]
-        if not is_exact:
-            is_real = is_real & (index < row_chunks - first_chunk)[None, :]
-        b = read_rows(adapters, rows, index, is_real)
+        b = read_block(adapters, block, step, is_rank, block_chunks, exact)
         products = rank_products(x_row, adapters, segment, first_rank, is_rank, x_ref.shape[1])
         v = jnp.sum(products, axis=1)
         return delta + jnp.sum(v[:, None, None] * b.astype(jnp.float32), axis=0)
 
-    shape = (config.block_chunks, CHUNK)
     num_steps = pl.cdiv(segment.rank, config.row_ranks)  # none for a row without an adapter
-    delta = jax.lax.fori_loop(0, num_steps, add_ranks, jnp.zeros(shape, jnp.float32))
-    column = (first_chunk + jax.lax.broadcasted_iota(jnp.int32, shape, 0)) * CHUNK
-    column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    first_column = select_static([sum(out_sizes[:i]) for i in range(len(out_sizes))], place)
-    mask = None if is_exact else column < select_static(out_sizes, place)
-    where = (jnp.full_like(column, x_row.row), first_column + column)
-    pltriton.store(y_ref.at[where], delta, mask=mask)
+    nothing = jnp.zeros((block_chunks, CHUNK), jnp.float32)
+    delta = jax.lax.fori_loop(0, num_steps, add_ranks, nothing)
+    where, is_column = block_columns(block, x_row.row, block_chunks, exact)
+    pltriton.store(y_ref.at[where], delta, mask=is_column)
 
 
 def lora_rows_triton(

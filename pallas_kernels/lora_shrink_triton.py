@@ -210,8 +210,7 @@ def _shrink_row(
         rank = first_rank + jnp.arange(config.row_ranks, dtype=jnp.int32)
         is_rank = rank < share.stop
         products = rank_products(x_row, adapters, share.segment, first_rank, is_rank, width)
-        where = (share.part, x_row.row, share.place)
-        out = v_ref.at[(*(jnp.full_like(rank, index) for index in where), rank)]
+        out = _row_of_v(v_ref, share, x_row.row, rank)
         pltriton.store(out, jnp.sum(products, axis=1), mask=is_rank)
         return _
 
@@ -222,10 +221,15 @@ def _shrink_row(
 def _leave_nothing(v_ref: Ref, share: _Share, row: jax.Array) -> None:
     """Zeros in place of a part that another program computes whole."""
     rank = jnp.arange(next_power_of_2(v_ref.shape[3]), dtype=jnp.int32)
-    where = (share.part, row, share.place)
-    out = v_ref.at[(*(jnp.full_like(rank, index) for index in where), rank)]
     nothing = jnp.zeros(rank.shape, jnp.float32)
-    pltriton.store(out, nothing, mask=(rank >= share.first) & (rank < share.stop))
+    is_mine = (rank >= share.first) & (rank < share.stop)
+    pltriton.store(_row_of_v(v_ref, share, row, rank), nothing, mask=is_mine)
+
+
+def _row_of_v(v_ref: Ref, share: _Share, row: jax.Array, rank: jax.Array) -> Ref:
+    """Where a row's `rank [n]` of the program's part and module are."""
+    where = (share.part, row, share.place)
+    return v_ref.at[(*(jnp.full_like(rank, index) for index in where), rank)]
 
 
 def _shrink_tile(
