@@ -23,8 +23,8 @@ serve:  ## serve a model and its adapters; without variables, the demo
 	@echo "  curl -s http://$(HOST):$(PORT)/v1/completions -H 'Content-Type: application/json' -d '$(subst ",\",$(TRY))'"
 	@exec $(PY) -m serving serve "$(MODEL)" $(if $(ADAPTERS),--adapters-dir "$(ADAPTERS)") $(NAME) --host "$(HOST)" --port "$(PORT)" $(ARGS)
 
-test: check  ## everything that needs no GPU; a worker keeps to its files, so most engines are built once
-	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+test: check  ## everything that needs no GPU
+	JAX_PLATFORMS=cpu $(PY) -m pytest -q -n $(JOBS) $(ARGS)
 
 check:  ## format, lint, types, import contracts
 	@$(ENSURE) test

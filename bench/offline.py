@@ -66,7 +66,7 @@ def main() -> None:
 
 def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, Any]:
     ranks = [int(r) for r in args.ranks.split(",")]
-    modes = args.modes
+    modes = args.modes.split(",")
     in_memory = args.adapters if "cold" in modes else 0
     names = [f"adapter-{i}" for i in range(in_memory)]
     on_disk = args.adapters if "disk" in modes else 0
@@ -104,11 +104,7 @@ def _measure(args: argparse.Namespace, model: str, scratch: Path) -> dict[str, A
         "commit": args.commit or commit(),
         "command": command(),
         "jax": jax.__version__,
-        "settings": {
-            k: ",".join(v) if k == "modes" else v
-            for k, v in vars(args).items()
-            if k not in NOT_RECORDED
-        },
+        "settings": {k: v for k, v in vars(args).items() if k not in NOT_RECORDED},
         "engine": {k: v for k, v in info.items() if k != "model_path"},
         "startup_s": started_s,
         "startup_stages": stages,
@@ -202,7 +198,7 @@ def _run_modes(
     rows = args.max_num_seqs
     names: list[str | None] = [None]
     result["raw_base"] = raw_step_s(core, args.input, rows, names)
-    for mode in args.modes:
+    for mode in args.modes.split(","):
         if mode == "engine":
             continue
         names = workload.adapters_of(mode)
@@ -223,9 +219,9 @@ def _run_modes(
         result["installs"] = measure_installs(core, rows, IDLE_PROMPT)
 
 
-def _modes(text: str) -> tuple[str, ...]:
-    """Modes in their order, "warm" only after "cold", and "engine" after any: else its figure would
-    be another mode's.
+def _modes(text: str) -> str:
+    """`text`, if it has modes in their order, "warm" only after "cold", and "engine" after any:
+    else a figure would be another mode's.
     """
     modes = tuple(text.split(","))
     is_ordered = modes == tuple(mode for mode in MODES if mode in modes)
@@ -233,7 +229,7 @@ def _modes(text: str) -> tuple[str, ...]:
     if not is_ordered or not has_sent or modes[0] == "engine":
         allowed = "in this order, warm with cold, engine after another"
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed: {','.join(MODES)} ({allowed})")
-    return modes
+    return text
 
 
 def _parse() -> argparse.Namespace:

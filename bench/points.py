@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.settings import LENGTHS, MODULES
 
+BATCHED_TOKENS = 2048  # of a step, usually
 NOT_IN_KEY = ("figure", "engine", "base_requests")
 
 
@@ -24,7 +25,7 @@ class EngineSpec:
     kernels: str | None = None
     merged_rank: int | None = None  # an adapter of this rank is added into the base's weights
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = BATCHED_TOKENS
     max_rank: int = 64
     max_adapter_slots: int = 2048
     max_model_len: int = 1024
@@ -34,9 +35,8 @@ class EngineSpec:
     def name(self) -> str:
         """For files and logs: what differs from the usual."""
         merged = "" if self.merged_rank is None else f"merged{self.merged_rank}"
-        usual = EngineSpec(geometry=self.geometry).max_num_batched_tokens
         tokens = self.max_num_batched_tokens
-        steps = "" if tokens >= usual else f"{tokens}tokens"
+        steps = "" if tokens == BATCHED_TOKENS else f"{tokens}tokens"
         words = (self.geometry, self.kernels or "", merged, steps)
         return "-".join(word for word in words if word)
 

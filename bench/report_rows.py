@@ -11,6 +11,8 @@ from bench.points import Point
 from bench.shards import SHARDS
 from bench.sweep_bases import base_name
 
+SYSTEMS = tuple(dict.fromkeys(point.system for points in SHARDS.values() for point in points))
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -112,8 +114,7 @@ def pick(rows: Sequence[Row], figure: str, **wanted: Any) -> list[Row]:
 
 def place_of(row: Row) -> int:
     """Of the row's system among those of the grid, in the order in which it names them."""
-    systems = dict.fromkeys(point.system for points in SHARDS.values() for point in points)
-    return [*systems, row.system].index(row.system)
+    return [*SYSTEMS, row.system].index(row.system)
 
 
 def missing(records: Iterable[dict[str, Any]], figure: str) -> list[str]:

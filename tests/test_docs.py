@@ -88,7 +88,7 @@ def test_every_flag_mentioned_exists() -> None:
 
 def test_makes_own_flags_are_those_of_serve() -> None:
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / "Makefile").read_text()))
-    assert used - {"--check", "--dist", "--fix", "--no-cache", "--quick"} <= all_flags()
+    assert used - {"--check", "--fix", "--no-cache", "--quick"} <= all_flags()
 
 
 def test_every_call_of_make_bench_parses(monkeypatch: pytest.MonkeyPatch) -> None:
