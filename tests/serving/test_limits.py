@@ -17,11 +17,12 @@ from tests.serving.conftest import LiveServer
 from tests.serving.fake_engine import FakeEngine
 
 LIMIT = 100_000
+BODY_TIMEOUT_S = 2.0
 
 
 @pytest.fixture
 def config() -> ServerConfig:
-    return ServerConfig(max_body_bytes=LIMIT, body_timeout_s=0.5)
+    return ServerConfig(max_body_bytes=LIMIT, body_timeout_s=BODY_TIMEOUT_S)
 
 
 def talk(live: LiveServer, *pieces: bytes, timeout_s: float = 10) -> bytes:
@@ -92,7 +93,7 @@ def test_a_slow_body_is_a_408(live: LiveServer) -> None:
     received = talk(live, HEAD + b"Content-Length: 100\r\n\r\n", b'{"prompt"')
     assert status(received) == 408
     assert b"connection: close" in received.lower()
-    assert 0.4 < time.monotonic() - start_s < 5
+    assert BODY_TIMEOUT_S - 0.1 < time.monotonic() - start_s < 10
     assert is_alive(live)
 
 
@@ -146,22 +147,22 @@ def test_what_is_no_http_is_refused_in_our_shape(live: LiveServer) -> None:
 def test_headers_that_never_end_close_the_connection(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Connection, "header_timeout_s", 0.3)
+    monkeypatch.setattr(Connection, "header_timeout_s", 1.0)
     whole = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
     for before in (b"", whole):  # at once, and on a connection that was kept alive
-        with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as peer:
             if before:
                 peer.sendall(before)
                 assert peer.recv(65536).startswith(b"HTTP/1.1 200")
             start_s = time.monotonic()
             peer.sendall(b"GET /version HTTP/1.1\r\nX-Slow: ")
             assert peer.recv(65536) == b""
-            assert 0.2 < time.monotonic() - start_s < 3
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
+            assert 0.9 < time.monotonic() - start_s < 10
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as peer:
         for _ in range(3):  # a prompt client outlives the limit
             peer.sendall(whole)
             assert peer.recv(65536).startswith(b"HTTP/1.1 200")
-            time.sleep(0.2)
+            time.sleep(0.4)
 
 
 @pytest.mark.row(8)
@@ -204,7 +205,7 @@ def test_paths_and_methods_that_do_not_exist_are_told_in_json(client: TestClient
 @pytest.mark.row(21)
 def test_pipelined_requests_are_answered_in_order(live: LiveServer) -> None:
     received = b""
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as peer:
         peer.sendall(
             b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
             b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -221,4 +222,4 @@ def test_the_event_loop_is_free_while_a_big_body_is_read(live: LiveServer) -> No
         slow.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
         start_s = time.monotonic()
         assert is_alive(live)
-        assert time.monotonic() - start_s < 0.5
+        assert time.monotonic() - start_s < BODY_TIMEOUT_S  # the first is still waited for

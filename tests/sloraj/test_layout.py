@@ -206,7 +206,7 @@ def test_no_adapter_takes_more_than_the_maximum(tp: int, rank: int) -> None:
     assert num_adapter_pages(everywhere, layout, config) <= most
 
 
-def test_a_rank_64_adapter_of_7b_packs_in_seconds_at_most() -> None:
+def test_a_rank_64_adapter_of_7b_packs_in_seconds_of_cpu_at_most() -> None:
     config = model_config(
         hidden_size=4096, intermediate_size=11008, num_layers=4, num_heads=32, num_kv_heads=32,
         head_dim=128,
@@ -214,9 +214,9 @@ def test_a_rank_64_adapter_of_7b_packs_in_seconds_at_most() -> None:
     layout = pool_layout(config, 1, "bfloat16")
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     weights = random_weights(config, {(layer, name): 64 for layer in range(4) for name in names})
-    start = time.perf_counter()
+    start = time.process_time()  # what others do on this machine does not count
     packed = pack_adapter(weights, layout, config)
-    elapsed_s = time.perf_counter() - start
+    elapsed_s = time.process_time() - start
     assert packed.num_pages == 16  # 4 modules x 2 matrices x 64 rows x 4,096 / 131,072
     assert elapsed_s * 8 < 4, f"{elapsed_s * 8:.1f} s for 32 layers"
 
