@@ -23,6 +23,7 @@ from sloraj.errors import ConfigError, EngineUnavailable, InternalError
 from sloraj.messages import Dead, FromEngine, Generate, GetStats, Heartbeat, Reply, TokenOutput
 from sloraj.process_transport import ProcessTransport
 from sloraj.transport import ThreadTransport
+from tests.open_files import open_files
 from tests.sloraj.fake_core import FACTORY, MAX_MODEL_LEN
 
 WAIT_S = 30.0
@@ -71,7 +72,7 @@ def is_gone(pid: int | None) -> bool:
 
 
 def test_the_process_builds_serves_and_stops_leaving_nothing() -> None:
-    threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
+    threads, files = set(threading.enumerate()), open_files()
     progress: list[tuple[str, int, int]] = []
     transport = ProcessTransport(config(), core_factory=FACTORY)
     info = transport.start(lambda *step: progress.append(step))
@@ -89,7 +90,7 @@ def test_the_process_builds_serves_and_stops_leaving_nothing() -> None:
     assert inbox.until(Dead).reason == "the engine was stopped"
     assert is_gone(transport.pid)
     assert set(threading.enumerate()) <= threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert open_files() <= files
     with pytest.raises(EngineUnavailable):
         transport.send(generate())
 
@@ -255,6 +256,7 @@ PARENT = """
 import sys, time
 from sloraj.config import EngineConfig
 from sloraj.process_transport import ProcessTransport
+from tests.open_files import open_files
 from tests.sloraj.fake_core import FACTORY
 name = sys.argv[1] or None
 transport = ProcessTransport(EngineConfig(model="m", served_model_name=name), core_factory=FACTORY)
