@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from bench.simulator.features import StepFeatures
 
 BUCKET, CONTEXT = "bucket:", "context_tokens"
-_SHARED = ("prompt_pairs", "num_resets", "num_installs", "install_bytes", "num_late", "late_bytes")
-_BY_KIND = ("adapter_elements", "adapter_products")
+_SHARED = ("prompt_pairs", "num_resets", "num_installs", "install_bytes")
+_BY_KIND = ("adapter_elements", "adapter_products", "largest_elements")
 
 
 def device_columns(features: StepFeatures) -> Iterator[tuple[str, float]]:
     """What a step's work is made of: its program, and the work that varies within the program.
+    Waiting for adapters that are still on their way is none.
 
     Reading contexts costs the same in every step. Deltas are computed by other kernels for steps
     that only decode, so their columns are kept apart.

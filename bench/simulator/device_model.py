@@ -18,7 +18,7 @@ class DeviceModel:
 
     device: from the end of the step before to the step's own end, its installs included. execute:
     of the host, in `Runner.execute`. between: of the host, from the return of one `collect` to the
-    next `execute`: update, emit, messages, schedule. The bus carries what is sent a step ahead.
+    next `execute`: update, emit, messages, schedule. The bus carries adapters beside the device.
     A device with nothing to do begins a step `head_start_s` before `execute` returns.
     """
 
@@ -29,6 +29,15 @@ class DeviceModel:
     bus_latency_s: float
     head_start_s: float = 0.0
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)  # device, commit, runs, errors
+
+    def travel_s(self, num_bytes: int) -> float:
+        """Of copies that leave together: what they wait before the first byte, they wait once."""
+        return self.bus_latency_s + num_bytes / self.bus_bytes_per_s if num_bytes else 0.0
+
+    def scaled(self, factor: float) -> Self:
+        """A device whose steps take `factor` times as long."""
+        found = {name: value * factor for name, value in self.device.coefficients.items()}
+        return dataclasses.replace(self, device=Cost(found))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

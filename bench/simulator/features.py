@@ -40,6 +40,7 @@ class StepFeatures:
     num_resets: int  # longer rows that begin
     num_adapters: int  # distinct ones
     adapter_elements: int  # weights of the distinct adapters
+    largest_elements: int  # and of the largest of them
     adapter_products: int  # tokens x weights of the token's adapter
     num_installs: int
     install_bytes: int
@@ -138,6 +139,7 @@ class FeatureTable:
             num_resets=sum(chunk[2] for chunk in capture.chunks),
             num_adapters=len(distinct) - (0 in distinct),
             adapter_elements=sum(map(elements_of.__getitem__, distinct)),
+            largest_elements=max(map(elements_of.__getitem__, distinct)),
             adapter_products=products,
             num_installs=len(capture.installs),
             install_bytes=_num_bytes(capture.installs),

@@ -62,10 +62,8 @@ def fit(
     singles = [one for result in steps for one in step_intervals(result, engine)]
     cost, errors = fit_intervals([*singles, *(one for run in runs for one in intervals(run))])
     execute, between = host_costs(host, idle_host_s(first_token, cost, engine))
-    # No run shows what a step waits for a copy that was not sent ahead: the bus says it.
-    late = {"late_bytes": 1 / BUS_BYTES_PER_S}
     return DeviceModel(
-        device=Cost(cost.coefficients | late), execute=execute, between=between,
+        device=cost, execute=execute, between=between,
         bus_bytes_per_s=BUS_BYTES_PER_S, bus_latency_s=BUS_LATENCY_S,
         origin={
             "geometry": runs[0].engine.geometry, "device": runs[0].head["device"],

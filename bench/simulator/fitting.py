@@ -8,7 +8,8 @@ Three parts are fitted apart, each to the moments that show it:
 - device: from the end of one step to the end of the next. Where `collect` had to wait, its return
   is the end. Where it had not, the step ended at some earlier moment: again a bound. A step that
   found the device idle began before `execute` returned; by how much is fitted from these steps
-  (`head_start_s`), once the others have shown what steps take.
+  (`head_start_s`), once the others have shown what steps take. A step that installs what was not
+  sent ahead may have waited for it: a bound too.
 
 A bound counts only while the fit is above it.
 
@@ -36,7 +37,7 @@ WAITED_S = 100e-6  # a collect that returns faster than this found its step ende
 STALL = 20.0  # times the median of the bucket
 BOUND_ROUNDS = 8
 FEWEST = 50  # steps in a row that show the device by themselves
-BUS_BYTES_PER_S, BUS_LATENCY_S = 23.6e9, 20e-6  # one copy, idle device (docs/performance.md)
+BUS_BYTES_PER_S, BUS_LATENCY_S = 53e9, 20e-6  # beside decoding (docs/performance.md)
 Columns = Callable[[StepFeatures], Iterable[tuple[str, float]]]
 
 
@@ -63,11 +64,10 @@ def fit(runs: Sequence[RecordedRun]) -> DeviceModel:
     execute, execute_errors = fit_cost(of("execute"), execute_columns)
     between, between_errors = fit_cost(of("between"), host_columns)
     device, head_start_s, device_errors = fit_device(of("device"), execute)
-    late = device.coefficients.get("late_bytes", 0.0)
     heads = [run.head for run in runs]
     return DeviceModel(
         device=device, execute=execute, between=between, head_start_s=head_start_s,
-        bus_bytes_per_s=1 / late if late else BUS_BYTES_PER_S, bus_latency_s=BUS_LATENCY_S,
+        bus_bytes_per_s=BUS_BYTES_PER_S, bus_latency_s=BUS_LATENCY_S,
         origin={
             "geometry": geometries.pop(),
             "device": " and ".join(sorted({head["device"] for head in heads})),
@@ -113,9 +113,8 @@ def observe(steps: Sequence[TracedStep]) -> Iterator[dict[str, Observation]]:
             begun_s = max(begun_s, before.read_s)
         end_s = step.read_s if _has_waited(step) else step.asked_s
         if end_s >= begun_s:
-            found["device"] = Observation(
-                features, end_s - begun_s, not _has_waited(step), not is_chained
-            )
+            is_bound = not _has_waited(step) or features.num_late > 0
+            found["device"] = Observation(features, end_s - begun_s, is_bound, not is_chained)
         yield found
         before = step
     for step, between_s in between(steps):

@@ -7,7 +7,8 @@ clock.
 
 The host's time passes in `execute`; `collect` lets the clock sleep until the step has ended. Steps
 follow each other on the device. Pages that are sent leave when the step before has ended and travel
-beside the step they were sent with; the step that installs them waits for the last one.
+beside the step they were sent with; the step that installs them waits for the last one. Pages that
+a step installs and that were not sent ahead leave then too, and their step waits for them.
 """
 
 from __future__ import annotations
@@ -54,11 +55,10 @@ class SimulatedRunner:
         host_s = model.between.seconds(features) + model.execute.seconds(features)
         begun_s = clock.now()
         clock.sleep_until(begun_s + host_s)
-        start_s = max(self.free_s, begun_s, clock.now() - model.head_start_s, self.arrived_s)
-        if features.num_sends:
-            travel_s = features.num_sends * model.bus_latency_s
-            travel_s += features.send_bytes / model.bus_bytes_per_s
-            self.arrived_s = max(start_s, self.arrived_s) + travel_s
+        left_s = max(self.free_s, begun_s, self.arrived_s)
+        self.arrived_s = left_s + model.travel_s(features.late_bytes)
+        start_s = max(self.arrived_s, clock.now() - model.head_start_s)
+        self.arrived_s = start_s + model.travel_s(features.send_bytes)
         device_s = model.device.seconds(features)
         self.free_s = start_s + device_s
         self.num_steps += 1

@@ -104,8 +104,8 @@ def _factors(source: ModelConfig, target: EngineDescription) -> dict[str, float]
     each = 1 / layout.tp
     return {
         CONTEXT: layers * kv, "prompt_pairs": layers * heads, "adapter_elements": each,
-        "adapter_products": each, "install_bytes": each, "late_bytes": each, "num_resets": 1.0,
-        "num_installs": 1.0, "num_late": 1.0,
+        "adapter_products": each, "largest_elements": each, "install_bytes": each,
+        "num_resets": 1.0, "num_installs": 1.0,
     }  # fmt: skip
 
 

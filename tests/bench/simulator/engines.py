@@ -50,7 +50,7 @@ def device(**changes: float) -> DeviceModel:
                 "decode:attention": 0.0005, "mixed:attention": 0.001, "context_tokens": 1e-6,
                 "prompt_pairs": 2e-7, "decode:adapter_elements": 3e-9,
                 "decode:adapter_products": 1e-9, "mixed:adapter_products": 2e-9,
-                "num_installs": 0.0003, "late_bytes": 1e-9,
+                "num_installs": 0.0003,
             }
         ),
         execute=Cost({"step": 0.0007, "num_sampled": 2e-5}),

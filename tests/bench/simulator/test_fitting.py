@@ -115,7 +115,7 @@ def test_a_cost_is_what_its_columns_add_up_to() -> None:
     coefficients = device().device.coefficients
     given = features(
         bucket="decode-4", variant="attention", context_tokens=100, adapter_elements=5000,
-        adapter_products=9000, num_installs=2, late_bytes=10_000,
+        adapter_products=9000, num_installs=2, install_bytes=10_000,
     )  # fmt: skip
     wanted = sum(coefficients.get(name, 0.0) * value for name, value in device_columns(given))
     assert device().device.seconds(given) == pytest.approx(wanted)

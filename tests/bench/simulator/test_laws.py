@@ -116,11 +116,13 @@ def test_a_single_row_with_constant_steps_is_an_m_d_1_queue(load: float) -> None
 
 @pytest.mark.parametrize(("travel_s", "delay_s"), [(0.008, 0.0), (0.05, 0.04)])
 def test_pages_sent_ahead_travel_beside_one_step(travel_s: float, delay_s: float) -> None:
-    """The second request's adapter leaves with the first one's first step, in which it waits, and
-    is installed by the next step.
+    """The first step waits for its own adapter, of half the size, which nobody could send ahead.
+    The second request's leaves with that step, in which it waits, and is installed by the next.
     """
     engine = description(max_num_seqs=1)
-    num_bytes = AdapterSizes(engine.model, engine.layout).packed("", 8).num_bytes
+    sizes = AdapterSizes(engine.model, engine.layout)
+    num_bytes = sizes.packed("", 8).num_bytes
+    late_s = travel_s * sizes.packed("", 4).num_bytes / num_bytes
     model = DeviceModel(
         device=Cost({"step": 0.01}), execute=Cost({}), between=Cost({}),
         bus_bytes_per_s=num_bytes / travel_s, bus_latency_s=0.0,
@@ -130,9 +132,9 @@ def test_pages_sent_ahead_travel_beside_one_step(travel_s: float, delay_s: float
         for a in (0, 1)
     ]
     first, second = replay(engine, model, requests, 2)[0].outcomes
-    assert first.first_token_s == pytest.approx(0.01)
-    assert first.last_token_s == pytest.approx(0.2 + delay_s)
-    assert second.first_token_s == pytest.approx(0.21 + delay_s)
+    assert first.first_token_s == pytest.approx(late_s + 0.01)
+    assert first.last_token_s == pytest.approx(late_s + 0.2 + delay_s)
+    assert second.first_token_s == pytest.approx(late_s + 0.21 + delay_s)
 
 
 def test_no_jax_is_imported() -> None:

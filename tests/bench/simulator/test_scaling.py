@@ -32,7 +32,7 @@ def fitted() -> DeviceModel:
             {
                 "bucket:decode-1": 0.0042, "bucket:decode-64": 0.0043, "bucket:mixed-2048": 0.044,
                 "context_tokens": 1.4e-7, "prompt_pairs": 2.3e-9, "decode:attention": 0.0003,
-                "decode:adapter_elements": 6e-13, "late_bytes": 4e-11,
+                "decode:adapter_elements": 6e-13,
             }
         ),
         execute=Cost({"step": 0.002}), between=Cost({}), bus_bytes_per_s=2e10, bus_latency_s=1e-5,

@@ -42,6 +42,7 @@ def test_a_step_has_the_features_of_the_batch_that_was_timed(engine: EngineDescr
     assert decode.columns["bucket:decode-64"] == 1
     assert decode.columns["context_tokens"] == 64 * (512 + 10 + 1)
     assert decode.columns["decode:adapter_elements"] == 16 * (64 + 32 + 16 + 8) * ELEMENTS
+    assert decode.columns["decode:largest_elements"] == 64 * ELEMENTS
     assert mixed.columns["bucket:mixed-256"] == 1
     assert mixed.columns["prompt_pairs"] == 192 * 193 // 2
     in_mixed = (16 * (64 + 32 + 16 + 8) + 192 * 64) * ELEMENTS
