@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
+import jax
 import pytest
 
-from bench.kernels_lora import MAX_RANK, make_world
-from bench.tune_lora import (
-    ONE_KERNEL,
-    OPS,
-    TWO_KERNELS,
-    candidates,
-    keep,
-    searches,
-    single_rows,
-)
+from bench.kernels_lora import MAX_RANK, make_world, step_tiles
+from bench.lora_searches import OPS, TWO_KERNELS, RowsSearch, searches
+from bench.tune_lora import keep, layers
 from pallas_kernels.shapes import MODELS
-from tests.pallas_kernels.test_legality import TRITON, adapters, bf16, lowered
+from tests.pallas_kernels.test_legality import TRITON, adapters, lowered
 
 
 @pytest.mark.parametrize(
@@ -28,40 +22,39 @@ def test_searches_are_for_the_keys_of_their_steps(
 ) -> None:
     (tokens,) = rows + beside
     found = list(searches(["demo"], rows, beside, ["attention"]))
-    ops = OPS if block_rows == 1 else OPS[:2]
+    ops = [op for op in OPS if block_rows == 1 or op != "lora_rows"]
     assert {(search.op, search.modules) for search in found} == {
         (op, modules) for op in ops for modules in ((0, 1, 2), (3,))
     }
     for search in found:
-        key = search.key(make_world(search.case))
+        key = search.key(step_tiles(search.case, make_world(search.case)))
         assert f"num_tokens={tokens}," in key
-        assert search.op == ONE_KERNEL or f"block_rows={block_rows}," in key
+        assert isinstance(search, RowsSearch) or f"block_rows={block_rows}," in key
 
 
 def test_candidates_differ_and_divide_the_ranks() -> None:
     for rows, beside in (([64], []), ([], [256]), ([2048], [])):
         for search in searches(["llama-7b"], rows, beside, ["attention"]):
-            tried = list(candidates(search))
+            tried = list(search.candidates())
             assert len(tried) == len(set(tried)) > 10
-            assert (TWO_KERNELS in tried) == (search.op == ONE_KERNEL)
+            assert (TWO_KERNELS in tried) == isinstance(search, RowsSearch)
             if search.op == "lora_shrink":
                 assert all(1 <= config.num_shares <= MAX_RANK for config in tried)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
-def test_one_kernel_and_two_lower_for_the_same_rows() -> None:
-    (search,) = (
-        search
-        for search in searches(["llama-7b"], [64], [], ["attention"])
-        if search.op == ONE_KERNEL and len(search.modules) == 3
-    )
-    for config, num_kernels in zip(list(candidates(search))[:2], (2, 1), strict=True):
-
-        def run(x: Any, *place: Any, config: Any = config) -> Any:
-            return single_rows(x, place, search.modules, (4096, 4096, 4096), config)
-
-        program = lowered(run, bf16(64, 4096), *adapters(MODELS["llama-7b"], 64, 1))
-        assert program.count(TRITON) == num_kernels
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_timed_lowers_to_the_kernels_of_a_layer(op: str) -> None:
+    wanted = {"lora_shrink": (2, 2), "lora_expand": (1, 1), "lora_rows": (2, 1)}  # two or one
+    for search in searches(["llama-7b"], [64], [], ["attention"]):
+        if search.op != op:
+            continue
+        search = dataclasses.replace(search, case=dataclasses.replace(search.case, num_layers=1))
+        pool, slot_pages, _, tiles = adapters(MODELS["llama-7b"], 64, 1)
+        rows = jax.eval_shape(search.rows)
+        for config, num_kernels in zip(list(search.candidates())[:2], wanted[op], strict=True):
+            program = lowered(layers(search, config), *rows, pool, slot_pages, tiles)
+            assert program.count(TRITON) == num_kernels
 
 
 def test_one_kernel_stays_in_the_table_only_where_it_beats_two() -> None:
