@@ -31,7 +31,7 @@ from bench.simulator.fitting import BUS_BYTES_PER_S, BUS_LATENCY_S
 from bench.simulator.run_file import RecordedRun
 from bench.simulator.step_results import idle_host_s, step_intervals
 from bench.simulator.sweep_runs import fit_intervals, intervals, read_runs
-from bench.simulator.validation import compare, table, targets
+from bench.simulator.validation import compare_nearby, table, targets
 
 OTHER_VERBS = ("messages", "schedule", "update", "emit")
 
@@ -107,7 +107,7 @@ def main() -> None:
         raise SystemExit(f"bench.simulator.fit_sweeps: {exc}") from exc
     known, geometry = {run.name for run in fitted}, fitted[0].engine.geometry
     compared = [
-        compare(run, model)
+        compare_nearby(run, model)
         for run in runs
         if run.name not in known and run.engine.geometry == geometry
     ]

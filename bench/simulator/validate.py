@@ -16,7 +16,7 @@ from bench.record import command, commit, record
 from bench.records import RecordError
 from bench.simulator.device_model import DeviceModel
 from bench.simulator.run_file import read_run
-from bench.simulator.validation import compare, table, targets
+from bench.simulator.validation import compare_nearby, table, targets
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
             raise ValueError(f"runs: the model was fitted on {sorted(known)}, allowed: others")
     except (OSError, ValueError, RecordError) as exc:
         raise SystemExit(f"bench.simulator.validate: {exc}") from exc
-    compared = [compare(run, model) for run in runs]
+    compared = [compare_nearby(run, model) for run in runs]
     result = {
         "bench": "simulator",
         "device": " and ".join(sorted({run.head["device"] for run in runs})),

@@ -51,17 +51,8 @@ def replay(core: EngineCore, run: RecordedRun, clock: SimulatedClock) -> ReplayR
 
 
 def compare(run: RecordedRun, model: DeviceModel) -> dict[str, Any]:
-    """Measured and predicted measures of one run, and the relative errors that are judged.
-
-    "first_token_between": the median first token from a slightly faster to a slightly slower
-    device. Near saturation that is a wide range: there a queue grows with one and not the other.
-    """
+    """Measured and predicted measures of one run, and the relative errors that are judged."""
     measured, predicted = measures(run.outcomes), measures(predict(run, model).outcomes)
-    nearby = [
-        measures(predict(run, model.scaled(1 + by)).outcomes)["first_token_p50_s"]
-        for by in (-SPREAD, SPREAD)
-    ]
-    nearby.append(predicted["first_token_p50_s"])
 
     def error(name: str) -> float:
         return float(abs(predicted[name] / measured[name] - 1))
@@ -73,8 +64,20 @@ def compare(run: RecordedRun, model: DeviceModel) -> dict[str, Any]:
         "predicted": predicted,
         "throughput_error": error("requests_per_s"),
         "first_token_error": error("first_token_p50_s"),
-        "first_token_between": [min(nearby), max(nearby)],
     }
+
+
+def compare_nearby(run: RecordedRun, model: DeviceModel) -> dict[str, Any]:
+    """`compare`, and as "first_token_between" the median first token from a slightly faster to a
+    slightly slower device. Near saturation that is a wide range: a queue grows with one and not
+    with the other.
+    """
+    found = compare(run, model)
+    firsts = [found["predicted"]["first_token_p50_s"]]
+    for factor in (1 - SPREAD, 1 + SPREAD):
+        outcomes = predict(run, model.scaled(factor)).outcomes
+        firsts.append(measures(outcomes)["first_token_p50_s"])
+    return found | {"first_token_between": [min(firsts), max(firsts)]}
 
 
 def measures(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -106,7 +109,7 @@ def targets(compared: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(compared: Sequence[dict[str, Any]]) -> str:
-    """For people to read, as Markdown."""
+    """Of `compare_nearby`, for people to read, as Markdown."""
     lines = [
         "| run | requests/s measured | simulated | error | median first token, s | simulated | "
         f"error | {SPREAD:.0%} faster to slower |",
