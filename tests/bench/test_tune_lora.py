@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import jax
 import pytest
 
+from bench import tune_lora
 from bench.kernels_lora import MAX_RANK, make_world, step_tiles
 from bench.lora_searches import OPS, TWO_KERNELS, RowsSearch, searches
-from bench.tune_lora import keep, layers
+from bench.tune_lora import keep, layers, search_one
 from pallas_kernels.shapes import MODELS
 from tests.pallas_kernels.test_legality import TRITON, adapters, lowered
 
@@ -55,6 +58,26 @@ def test_what_is_timed_lowers_to_the_kernels_of_a_layer(op: str) -> None:
         for config, num_kernels in zip(list(search.candidates())[:2], wanted[op], strict=True):
             program = lowered(layers(search, config), *rows, pool, slot_pages, tiles)
             assert program.count(TRITON) == num_kernels
+
+
+@pytest.mark.parametrize(("best", "us"), [(0, [1.0, 9.0]), (2, [4.0, 2.0])])
+def test_the_least_product_of_times_wins_and_two_kernels_need_no_entry(
+    best: int, us: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (search, _) = (s for s in searches(["demo"], [4], [], ["attention"]) if s.op == "lora_rows")
+    tried = list(search.candidates())
+    taken = {place: us if place == best else [3.0, 5.0] for place in range(len(tried))}
+    times = [time for place in range(len(tried)) for time in taken[place]]
+    monkeypatch.setattr(tune_lora, "layers", lambda search, config: lambda y, *more: y)
+    monkeypatch.setattr(tune_lora, "time_compiled_chain", lambda *more: times.pop(0) * 1e-6)
+    with ThreadPoolExecutor(2) as compilers:
+        _, entry = search_one(search, compilers)
+    assert not times  # each candidate at each rank
+    if tried[best] is TWO_KERNELS:
+        assert entry is None
+    else:
+        config = dataclasses.asdict(cast(Any, tried[best]))
+        assert entry == {"config": config, "us": {"8": us[0], "64": us[1]}}
 
 
 def test_one_kernel_stays_in_the_table_only_where_it_beats_two() -> None:
