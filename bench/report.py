@@ -31,8 +31,8 @@ from bench.sweep import read_all, write_tidy
 
 SECTIONS = (
     num_adapters, table_3, ranks, ablation, report_slo.rate, report_slo.alpha, report_slo.cv,
-    report_slo.abort, report_slo.policies, report_slo.clusters, report_slo.fairness,
-    merged,
+    report_slo.abort, report_slo.policies, report_slo.policies_short, report_slo.clusters,
+    report_slo.fairness, merged,
 )  # fmt: skip
 
 MARKDOWN = """\

@@ -143,6 +143,11 @@ SHARDS: dict[str, list[Point]] = {
     "policies": loads(
         "policies", POLICIES, duration_s=30.0, points=[{"load": 0.7, "alpha": 0.6}]
     ),
+    "policies-short": loads(
+        "policies-short", {name: kept for name, kept in POLICIES.items() if name != "all four on"},
+        duration_s=15.0, input_range=(8, 128), output_range=(8, 32), base_requests=1500,
+        points=[{"load": 0.6, "num_adapters": 100}, {"load": 0.6, "alpha": 0.6}],
+    ),
     "fairness": flood(FAIRNESS),
     "fairness-short-steps": flood(
         {f"{KEPT_FREE}, 1,024 tokens a step": FAIRNESS[KEPT_FREE]}, engine=B7_SHORT_STEPS
