@@ -237,6 +237,11 @@ def install_program(mesh: Mesh) -> Any:
     """
 
     def step(pools: list[jax.Array], staging: jax.Array, pages: jax.Array) -> list[jax.Array]:
+        if len(pages) == 1:  # XLA makes of a scatter of one page two kernels a layer, in a row
+            return [
+                jax.lax.dynamic_update_slice_in_dim(pool, staging[:, layer], pages[0], axis=0)
+                for layer, pool in enumerate(pools)
+            ]
         return [pool.at[pages].set(staging[:, layer]) for layer, pool in enumerate(pools)]
 
     return jax.jit(step, donate_argnums=0, out_shardings=NamedSharding(mesh, POOL_SPEC))
