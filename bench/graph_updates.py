@@ -12,6 +12,7 @@ are told apart by their number of kernels alone. What else the command prints go
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ BEGUN = re.compile(
     r"Update command buffer .* after (?P<runs>\d+) executions since last update"
     r"; num_commands=(?P<kernels>\d+)"
 )
-ENDED = re.compile(r"Updated command buffer .*in (?P<us>\d+) μs; num_commands=(?P<kernels>\d+)")
+ENDED = re.compile(r"Updated .*in (?P<us>\d+) \S+; num_commands=(?P<kernels>\d+)")
 LOG_LINE = re.compile(r"^[IW]\d{4} ")  # of XLA; errors go through
 
 
@@ -34,12 +35,13 @@ def count(lines: Iterable[str], forward: Callable[[str], object]) -> dict[str, d
     """By number of kernels: times recorded again, runs up to the last of them, microseconds that
     recording took. Lines that are not XLA's are forwarded.
     """
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int]] = collections.defaultdict(
+        lambda: {"updates": 0, "runs": 0, "us": 0}
+    )
     for line in lines:
         if begun := BEGUN.search(line):
-            counts = found.setdefault(begun["kernels"], {"updates": 0, "runs": 0, "us": 0})
-            counts["updates"] += 1
-            counts["runs"] += int(begun["runs"])
+            found[begun["kernels"]]["updates"] += 1
+            found[begun["kernels"]]["runs"] += int(begun["runs"])
         elif ended := ENDED.search(line):
             found[ended["kernels"]]["us"] += int(ended["us"])
         elif not LOG_LINE.match(line):
