@@ -23,7 +23,7 @@ from pallas_kernels.tiles import LoraTiles
 
 TWO_KERNELS = None  # in place of a configuration of one kernel
 Config = lora_shrink_triton.Config | lora_expand_triton.Config | lora_rows_triton.Config | None
-Place = tuple[Any, ...]  # pool, slot_pages, layer, tiles
+Place = tuple[jax.Array, jax.Array, jax.Array, LoraTiles]  # pool, slot_pages, layer, tiles
 Layer = Callable[[jax.Array, jax.Array, jax.Array, Place], jax.Array]  # y, x, v, place -> y
 
 
@@ -75,19 +75,17 @@ class Search(abc.ABC):
         )
 
     def shrink(self, x: jax.Array, place: Place, config: Any = None) -> jax.Array:
-        pool, slot_pages, layer, tiles = place
         return lora_shrink(
-            x, pool, slot_pages, layer, tiles, modules=self.modules, num_rows=MAX_RANK,
-            rank_split=1, implementation="triton", config=config,
+            x, *place, modules=self.modules, num_rows=MAX_RANK, rank_split=1,
+            implementation="triton", config=config,
         )  # fmt: skip
 
     def expand(
         self, y: jax.Array | None, v: jax.Array, place: Place, config: Any = None
     ) -> jax.Array:
-        pool, slot_pages, layer, tiles = place
         return lora_expand(
-            y, v, pool, slot_pages, layer, tiles, jnp.int32(0), modules=self.modules,
-            out_sizes=self.out_sizes, implementation="triton", config=config,
+            y, v, *place, jnp.int32(0), modules=self.modules, out_sizes=self.out_sizes,
+            implementation="triton", config=config,
         )  # fmt: skip
 
 
@@ -188,10 +186,9 @@ class RowsSearch(Search):
         """What adapters add to the rows."""
         if config is TWO_KERNELS:
             return self.expand(None, self.shrink(x, place), place)
-        pool, slot_pages, layer, tiles = place
         return lora_rows(
-            x, pool, slot_pages, layer, tiles, modules=self.modules, out_sizes=self.out_sizes,
-            max_rank=MAX_RANK, implementation="triton", config=config,
+            x, *place, modules=self.modules, out_sizes=self.out_sizes, max_rank=MAX_RANK,
+            implementation="triton", config=config,
         )  # fmt: skip
 
     def layer(self, config: Any) -> Layer:

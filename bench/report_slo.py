@@ -122,12 +122,8 @@ def abort(rows: Sequence[Row], records: Records) -> Section:
 
 
 def policies(rows: Sequence[Row], records: Records) -> Section:
-    found = [row for row in pick(rows, "policies") if row.first_token_s]
-    bars = {
-        name: {row.system: row.first_token_s[name] for row in found} for name in ("mean", "p99")
-    }
     return _policies(
-        "policies", found, records, bars if found else {},
+        "policies", rows, records, lambda row: {n: row.first_token_s[n] for n in ("mean", "p99")},
         "Prefetch and retention: one taken away or replaced at a time",
         "S2, 200 adapters, alpha 0.6, a pool as on 24 GB, 0.7 of the base's saturated rate: "
         "adapters come and go, and the queue is short enough for a load to be seen. The "
@@ -136,13 +132,9 @@ def policies(rows: Sequence[Row], records: Records) -> Section:
 
 
 def policies_short(rows: Sequence[Row], records: Records) -> Section:
-    found = [row for row in pick(rows, "policies-short") if row.first_token_s]
-    bars: dict[str, dict[str, float]] = {}
-    for row in found:
-        place = f"mean, {row.num_adapters} adapters"
-        bars.setdefault(place, {})[row.system] = row.first_token_s["mean"]
     return _policies(
-        "policies-short", found, records, bars,
+        "policies-short", rows, records,
+        lambda row: {f"mean, {row.num_adapters} adapters": row.first_token_s["mean"]},
         "Prefetch and retention where requests are short",
         "S2, prompts of 8 to 127 and answers of 8 to 31 tokens, a pool as on 24 GB, 0.6 of the "
         "base's saturated rate: a request is served in a fifth of a second, so that sending its "
@@ -152,12 +144,18 @@ def policies_short(rows: Sequence[Row], records: Records) -> Section:
 
 def _policies(
     figure: str,
-    found: Sequence[Row],
+    rows: Sequence[Row],
     records: Records,
-    bars: dict[str, dict[str, float]],
+    drawn: Callable[[Row], dict[str, float]],
     title: str,
     text: str,
 ) -> Section:
+    """`drawn`: the bars of a row's system, by their group."""
+    found = pick(rows, figure)
+    bars: dict[str, dict[str, float]] = {}
+    for row in (row for row in found if row.first_token_s):
+        for group, seconds in drawn(row).items():
+            bars.setdefault(group, {})[row.system] = seconds
     return Section(
         figure=figure,
         title=title,

@@ -67,6 +67,19 @@ def tile_rows(tiles: LoraTiles, tile: jax.Array) -> jax.Array:
     return jnp.where(place < tiles.starts[tile + 1], rows, num_tokens)
 
 
+def check_rows(x: jax.Array, tiles: LoraTiles) -> None:
+    """Raise ValueError unless x has the rows that the tiles order, `[at least T, in]`."""
+    num_tokens = tiles.row_order.shape[0]
+    if x.ndim != 2 or x.shape[0] < num_tokens:
+        raise ValueError(f"x has shape {x.shape}, but tiles order {num_tokens} rows")
+
+
+def check_out_sizes(modules: tuple[int, ...], out_sizes: tuple[int, ...]) -> None:
+    """Raise ValueError unless there is one for each module."""
+    if len(out_sizes) != len(modules):
+        raise ValueError(f"{len(out_sizes)} out_sizes for {len(modules)} modules")
+
+
 def check_adapter_tables(slot_pages: jax.Array, tiles: LoraTiles) -> None:
     """Raise ValueError unless the tables have the shapes that `docs/design.md` gives them."""
     num_tiles = tiles.slots.shape[0]

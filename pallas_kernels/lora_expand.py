@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import lora_expand_mosaic as mosaic
 from pallas_kernels import lora_expand_triton as triton
-from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
+from pallas_kernels.adapter_layout import (
+    check_adapter_tables,
+    check_out_sizes,
+    gather_rows,
+    tile_rows,
+    true_rank,
+)
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.lora_bmm import lora_expand_bmm
 from pallas_kernels.tiles import LoraTiles
@@ -89,7 +95,7 @@ def lora_expand(
     check_adapter_tables(slot_pages, tiles)
     num_tokens = tiles.row_order.shape[0]
     if base is None:
-        if tiles.block_rows != 1 or tiles.slots.shape[0] < num_tokens:
+        if not tiles.has_one_for_each_row:
             raise ValueError(
                 f"tiles for {tiles.slots.shape[0]} times {tiles.block_rows} rows: without base "
                 f"there is one for each of the {num_tokens} rows"
@@ -98,8 +104,7 @@ def lora_expand(
         raise ValueError(
             f"base has shape {base.shape}, not [{num_tokens}, at least {sum(out_sizes)}]"
         )
-    if len(out_sizes) != len(modules):
-        raise ValueError(f"{len(out_sizes)} out_sizes for {len(modules)} modules")
+    check_out_sizes(modules, out_sizes)
     if v.ndim != 3 or v.shape[:2] != (num_tokens, len(modules)):
         raise ValueError(f"v has shape {v.shape}, not [{num_tokens}, {len(modules)}, R]")
     if base is None and implementation != "triton":

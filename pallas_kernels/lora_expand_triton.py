@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels.triton_blocks import (
     Segment,
     dot_f32,
     find_rows,
+    fitting_chunks,
     for_each_tile,
     next_power_of_2,
     num_tile_programs,
@@ -89,11 +91,10 @@ def _kernel(
     block_rows: int,
 ) -> None:
     place, first_chunk = find_columns(pl.program_id(0), out_sizes, config.block_chunks)
-    first_columns = [sum(out_sizes[:i]) for i in range(len(out_sizes))]
     # says so that columns start at multiples of it, which lets whole vectors be loaded
     align = math.gcd(CHUNK, y_ref.shape[1], *out_sizes)
     offset = jax.lax.div(column_offset_ref[0], jnp.int32(align)) * align
-    first_column = offset + select_static(first_columns, place)
+    first_column = offset + select_static(starts_of(out_sizes), place)
 
     def expand(tile: jax.Array) -> None:
         segment = read_segment(adapters, tile, select_static(modules, place))
@@ -125,7 +126,12 @@ def _kernel(
 def column_blocks(out_sizes: tuple[int, ...], block_chunks: int) -> tuple[list[int], int]:
     """Where each module's blocks start along the grid's first axis, and how many there are."""
     counts = [pl.cdiv(chunks_per_row(size), block_chunks) for size in out_sizes]
-    return [sum(counts[:i]) for i in range(len(counts))], sum(counts)
+    return starts_of(counts), sum(counts)
+
+
+def starts_of(sizes: Sequence[int]) -> list[int]:
+    """Where each begins, one after the other."""
+    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def find_columns(
@@ -194,12 +200,6 @@ def read_block(
     if not exact:
         is_real = is_real & (index < block.row_chunks - block.first_chunk)[None, :]
     return read_rows(adapters, rows, index, is_real)
-
-
-def fitting_chunks(block_chunks: int, out_sizes: tuple[int, ...], page_chunks: int) -> int:
-    """At most so many chunks of a row: a block of it lies in two pages at most."""
-    widest = next_power_of_2(max(chunks_per_row(size) for size in out_sizes))
-    return min(block_chunks, widest, 1 << (page_chunks.bit_length() - 1))
 
 
 def _expand_row(
@@ -368,7 +368,8 @@ def lora_expand_triton(
         _, config = find_config(
             adapters, block_rows=block_rows, width=sum(out_sizes), num_ranks=v.shape[2]
         )
-    block_chunks = fitting_chunks(config.block_chunks, out_sizes, page_chunks)
+    widest = max(map(chunks_per_row, out_sizes))
+    block_chunks = fitting_chunks(config.block_chunks, widest, page_chunks)
     config = dataclasses.replace(config, block_chunks=block_chunks)
     kernel = functools.partial(
         _kernel, config=config, modules=modules, out_sizes=out_sizes, block_rows=block_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.adapter_layout import check_adapter_tables
+from pallas_kernels.adapter_layout import check_adapter_tables, check_out_sizes, check_rows
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.lora_expand import lora_expand_reference
 from pallas_kernels.lora_rows_triton import Config, lora_rows_triton
@@ -67,16 +67,13 @@ def lora_rows(
     Source:    S-LoRA (arXiv:2311.03285), MBGMV.
     """
     check_adapter_tables(slot_pages, tiles)
-    num_tokens = tiles.row_order.shape[0]
-    if x.ndim != 2 or x.shape[0] < num_tokens:
-        raise ValueError(f"x has shape {x.shape}, but tiles order {num_tokens} rows")
-    if tiles.block_rows != 1 or tiles.slots.shape[0] < num_tokens:
+    check_rows(x, tiles)
+    if not tiles.has_one_for_each_row:
         raise ValueError(
             f"tiles for {tiles.slots.shape[0]} times {tiles.block_rows} rows, allowed: one for "
-            f"each of the {num_tokens} rows"
+            f"each of the {tiles.row_order.shape[0]} rows"
         )
-    if len(out_sizes) != len(modules):
-        raise ValueError(f"{len(out_sizes)} out_sizes for {len(modules)} modules")
+    check_out_sizes(modules, out_sizes)
     if implementation == "xla":
         return lora_rows_reference(
             x, pool, slot_pages, layer, tiles, modules=modules, out_sizes=out_sizes,

@@ -15,20 +15,21 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.adapter_layout import CHUNK, chunks_per_page
+from pallas_kernels.adapter_layout import CHUNK, chunks_per_page, chunks_per_row
 from pallas_kernels.lora_expand_triton import (
     block_columns,
     column_blocks,
     find_columns,
-    fitting_chunks,
     is_exact,
     make_block,
     read_block,
+    starts_of,
 )
 from pallas_kernels.lora_shrink_triton import load_row, rank_products
 from pallas_kernels.triton_blocks import (
     AdapterArrays,
     Ref,
+    fitting_chunks,
     read_segment,
     select_static,
     triton_call,
@@ -59,7 +60,7 @@ def _kernel(
     place, first_chunk = find_columns(pl.program_id(0), out_sizes, block_chunks)
     x_row = load_row(x_ref, adapters, tile, config.row_chunks)
     segment = read_segment(adapters, tile, select_static(modules, place))
-    first_column = select_static([sum(out_sizes[:i]) for i in range(len(out_sizes))], place)
+    first_column = select_static(starts_of(out_sizes), place)
     block = make_block(tile, place, segment, first_chunk, first_column, out_sizes)
     exact = is_exact(out_sizes, block_chunks)
 
@@ -88,7 +89,8 @@ def lora_rows_triton(
     interpret: bool,
 ) -> jax.Array:
     """`lora_rows` in Pallas-Triton."""
-    block_chunks = fitting_chunks(config.block_chunks, out_sizes, chunks_per_page(adapters.pool))
+    widest = max(map(chunks_per_row, out_sizes))
+    block_chunks = fitting_chunks(config.block_chunks, widest, chunks_per_page(adapters.pool))
     config = dataclasses.replace(config, block_chunks=block_chunks)
     num_tokens = adapters.row_order.shape[0]
     y: jax.Array = triton_call(

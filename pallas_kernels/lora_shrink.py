@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import lora_shrink_mosaic as mosaic
 from pallas_kernels import lora_shrink_triton as triton
-from pallas_kernels.adapter_layout import check_adapter_tables, gather_rows, tile_rows, true_rank
+from pallas_kernels.adapter_layout import (
+    check_adapter_tables,
+    check_rows,
+    gather_rows,
+    tile_rows,
+    true_rank,
+)
 from pallas_kernels.dispatch import unknown_implementation
 from pallas_kernels.lora_bmm import lora_shrink_bmm
 from pallas_kernels.tiles import LoraTiles
@@ -83,11 +89,9 @@ def lora_shrink(
     Source:    Punica (arXiv:2310.18547), SGMV; S-LoRA (arXiv:2311.03285), MBGMM and MBGMV.
     """
     check_adapter_tables(slot_pages, tiles)
-    num_tokens = tiles.row_order.shape[0]
-    if x.ndim != 2 or x.shape[0] < num_tokens:
-        raise ValueError(f"x has shape {x.shape}, but tiles order {num_tokens} rows")
+    check_rows(x, tiles)
     if implementation != "triton":
-        x = x[:num_tokens]  # a copy, which the others can bear
+        x = x[: tiles.row_order.shape[0]]  # a copy, which the others can bear
     if implementation in ("xla", "bmm"):
         dense = lora_shrink_reference if implementation == "xla" else lora_shrink_bmm
         return dense(

@@ -26,6 +26,7 @@ from pallas_kernels.triton_blocks import (
     Segment,
     dot_f32,
     find_rows,
+    fitting_chunks,
     for_each_tile,
     next_power_of_2,
     num_tile_programs,
@@ -146,11 +147,8 @@ class Row(NamedTuple):
 def load_row(x_ref: Ref, adapters: AdapterArrays, row_place: jax.Array, most_chunks: int) -> Row:
     """The row at a place of the order, in blocks of at most so many chunks."""
     width = x_ref.shape[1]
-    row_chunks, page_chunks = chunks_per_row(width), chunks_per_page(adapters.pool)
-    # a block of a row lies in two pages at most
-    block_chunks = min(
-        most_chunks, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1)
-    )
+    row_chunks = chunks_per_row(width)
+    block_chunks = fitting_chunks(most_chunks, row_chunks, chunks_per_page(adapters.pool))
     row = adapters.row_order[row_place]
     column = jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 0) * CHUNK
     column = column + jax.lax.broadcasted_iota(jnp.int32, (block_chunks, CHUNK), 1)

@@ -32,6 +32,11 @@ class LoraTiles:
     num_tiles: jax.Array  # [1]
     block_rows: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def has_one_for_each_row(self) -> bool:
+        """Whether each row may be a tile of its own."""
+        return self.block_rows == 1 and self.slots.shape[0] >= self.row_order.shape[0]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def fitting_chunks(most: int, row_chunks: int, page_chunks: int) -> int:
+    """At most `most` chunks of a row, a power of two: a block of it lies in two pages at most."""
+    return min(most, next_power_of_2(row_chunks), 1 << (page_chunks.bit_length() - 1))
+
+
 def triton_call(
     kernel: Callable[..., None],
     out_shape: Any,

@@ -121,6 +121,7 @@ class FeatureTable:
         slots, single = capture.slots, capture.num_single
         distinct = set(slots)
         elements_of = self._elements
+        sizes = list(map(elements_of.__getitem__, distinct))
         products = sum(map(elements_of.__getitem__, slots[:single] if capture.chunks else slots))
         for slot, chunk in zip(slots[single:], capture.chunks, strict=True):
             products += chunk[1] * elements_of[slot]
@@ -138,8 +139,8 @@ class FeatureTable:
             num_sampled=capture.num_sampled,
             num_resets=sum(chunk[2] for chunk in capture.chunks),
             num_adapters=len(distinct) - (0 in distinct),
-            adapter_elements=sum(map(elements_of.__getitem__, distinct)),
-            largest_elements=max(map(elements_of.__getitem__, distinct)),
+            adapter_elements=sum(sizes),
+            largest_elements=max(sizes),
             adapter_products=products,
             num_installs=len(capture.installs),
             install_bytes=_num_bytes(capture.installs),

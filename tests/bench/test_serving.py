@@ -238,7 +238,7 @@ def test_one_interrupt_waits_for_what_is_open_and_two_give_it_up(path: Path) -> 
                     await asyncio.sleep(0.005)
                 for _ in range(num_interrupts):
                     client.interrupt()
-                await asyncio.wait_for(task, 30)
+                await asyncio.wait_for(task, 5)
             assert client.is_interrupted
             return fake
 
@@ -261,7 +261,7 @@ def test_a_record_that_cannot_be_written_stops_the_run(path: Path) -> None:
                     max_open=10, timeout_s=60.0,
                 )  # fmt: skip
                 with pytest.raises(OSError, match="No space left"):
-                    await asyncio.wait_for(client.run(), 30)
+                    await asyncio.wait_for(client.run(), 10)
 
     asyncio.run(run())
 

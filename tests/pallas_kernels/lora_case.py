@@ -7,13 +7,23 @@ words it, and everything that an adapter does not own is NaN, so that a stray re
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_kernels.tiles import LoraTiles
 
 CHUNK = 128
+MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
+
+
+@functools.cache
+def compiled(op: Any, **keywords: Any) -> Any:
+    """The op with these keywords; cases of one shape share its compilation."""
+    interpret = keywords["implementation"] == "triton"
+    return jax.jit(functools.partial(op, interpret=interpret, **keywords))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +69,16 @@ class LoraCase:
                         y[row, column : column + out_size] += float(v[row, i, k]) * b_row
                 column += out_size
         return y
+
+    def deltas(
+        self, modules: tuple[int, ...], out_sizes: tuple[int, ...], num_ranks: int
+    ) -> np.ndarray:
+        """Oracle of what adapters add to rows: shrunk and expanded in float64."""
+        v = np.zeros((len(self.row_slots), len(modules), num_ranks))
+        for (row, place), shrunk in self.shrunk(modules).items():
+            v[row, place, : len(shrunk)] = shrunk
+        nothing = np.zeros((len(self.row_slots), sum(out_sizes)))
+        return self.expanded(nothing, v, modules, out_sizes, 0)
 
 
 def make_tiles(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,18 +15,10 @@ from pallas_kernels.add_norm import add_lora
 from pallas_kernels.lora_expand import lora_expand
 from pallas_kernels.lora_expand_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
-from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.lora_case import MIXED, LoraCase, compiled, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "triton", "bmm"]
-MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
-
-
-@functools.cache
-def compiled(**keywords: Any) -> Any:
-    """The op with these keywords; cases of one shape share its compilation."""
-    interpret = keywords["implementation"] == "triton"
-    return jax.jit(functools.partial(lora_expand, interpret=interpret, **keywords))
 
 
 def expand(
@@ -52,7 +43,7 @@ def expand(
             rank = case.ranks.get(int(slot), {}).get(module, 0)
             v[row, place, :rank] = rng.normal(size=rank)
 
-    run = compiled(modules=modules, out_sizes=sizes, **keywords)
+    run = compiled(lora_expand, modules=modules, out_sizes=sizes, **keywords)
     adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     y = run(base, v, *adapters, np.int32(column_offset))
     assert y.dtype == base.dtype
@@ -111,7 +102,7 @@ def test_without_a_base_every_row_gets_the_product_alone_and_base_rows_zeros(
     v = rng.normal(size=(9, 3, 64)).astype(np.float32)
     base = rng.normal(size=(9, sum(sizes))).astype(jnp.bfloat16)
     adapters = (case.pool, case.slot_pages, np.int32(case.layer), case.tiles, np.int32(0))
-    run = compiled(modules=modules, out_sizes=sizes, implementation=implementation)
+    run = compiled(lora_expand, modules=modules, out_sizes=sizes, implementation=implementation)
     apart = np.asarray(run(None, v, *adapters))
     assert apart.dtype == np.float32
     nothing = np.zeros(base.shape, np.float32)

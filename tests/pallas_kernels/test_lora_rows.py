@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,18 +13,11 @@ from pallas_kernels import tuning_table
 from pallas_kernels.lora_rows import chosen_config, lora_rows, table_key
 from pallas_kernels.lora_rows_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
-from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.lora_case import MIXED, LoraCase, compiled, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "triton"]
-MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
 SMALL = Config(block_chunks=2, row_ranks=4, num_warps=4)
-
-
-@functools.cache
-def compiled(**keywords: Any) -> Any:
-    interpret = keywords["implementation"] == "triton"
-    return jax.jit(functools.partial(lora_rows, interpret=interpret, **keywords))
 
 
 def run(
@@ -36,16 +27,12 @@ def run(
     modules, sizes = tuple(out_sizes), tuple(out_sizes.values())
     max_rank = max((rank for ranks in case.ranks.values() for rank in ranks.values()), default=1)
     call = compiled(
-        modules=modules, out_sizes=sizes, max_rank=max_rank, implementation=implementation,
-        config=config if implementation == "triton" else None,
+        lora_rows, modules=modules, out_sizes=sizes, max_rank=max_rank,
+        implementation=implementation, config=config if implementation == "triton" else None,
     )  # fmt: skip
     y = np.asarray(call(case.x, case.pool, case.slot_pages, np.int32(case.layer), case.tiles))
     assert y.dtype == np.float32
-    v = np.zeros((len(case.row_slots), len(modules), max_rank))
-    for (row, place), shrunk in case.shrunk(modules).items():
-        v[row, place, : len(shrunk)] = shrunk
-    nothing = np.zeros((len(case.row_slots), sum(sizes)))
-    return y, case.expanded(nothing, v, modules, sizes, 0)
+    return y, case.deltas(modules, sizes, max_rank)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

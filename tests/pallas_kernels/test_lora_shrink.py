@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,19 +13,11 @@ from pallas_kernels import triton_blocks
 from pallas_kernels.lora_shrink import lora_shrink
 from pallas_kernels.lora_shrink_triton import Config
 from pallas_kernels.shapes import POPULARITIES, row_slots
-from tests.pallas_kernels.lora_case import LoraCase, make_case
+from tests.pallas_kernels.lora_case import MIXED, LoraCase, compiled, make_case
 from tests.pallas_kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = ["xla", "triton", "bmm"]
-MIXED = {1: {0: 8, 1: 4, 2: 64}, 2: {0: 12, 2: 24}, 3: {1: 16}, 4: {0: 32, 1: 32, 2: 32}}
 OUT = {module: 72 for module in range(7)}
-
-
-@functools.cache
-def compiled(**keywords: Any) -> Any:
-    """The op with these keywords; cases of one shape share its compilation."""
-    interpret = keywords["implementation"] == "triton"
-    return jax.jit(functools.partial(lora_shrink, interpret=interpret, **keywords))
 
 
 def shrink(
@@ -38,7 +28,9 @@ def shrink(
     rank_split: int = 1,
     **keywords: Any,
 ) -> Any:
-    run = compiled(modules=modules, num_rows=num_rows, rank_split=rank_split, **keywords)
+    run = compiled(
+        lora_shrink, modules=modules, num_rows=num_rows, rank_split=rank_split, **keywords
+    )
     v = run(case.x, case.pool, case.slot_pages, np.int32(case.layer), case.tiles)
     assert v.shape == (len(case.row_slots), len(modules), num_rows)
     assert v.dtype == jnp.float32

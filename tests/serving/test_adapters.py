@@ -135,7 +135,7 @@ def test_special_files_are_refused_without_being_opened(
     start_s = time.monotonic()
     for path in (fifo, adapters_dir / "fifo-itself", linked, device):
         assert load(client, "x", path).status_code == 400, path
-    assert time.monotonic() - start_s < 10  # reading a pipe would wait for ever
+    assert time.monotonic() - start_s < 2
 
 
 @pytest.mark.row(34)

@@ -30,7 +30,7 @@ def leave_after(live: LiveServer, body: dict[str, Any], num_bytes: int = 0) -> f
     """Ask, wait until it runs and `num_bytes` have come, close; the seconds until the engine let
     go.
     """
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as peer:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as peer:
         peer.sendall(request("/v1/completions", body))
         wait_until(lambda: live.engine.num_running >= 1)
         while num_bytes > 0:

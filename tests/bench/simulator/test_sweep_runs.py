@@ -104,7 +104,7 @@ def test_only_runs_whose_requests_came_at_once_are_fitted_on(measured: list[Reco
     (run,) = chosen(measured, ["first come S2 n=200 24 GB load=1.3"])
     with pytest.raises(ValueError, match="got arrivals, allowed: a run whose requests came at"):
         intervals(run)
-    with pytest.raises(ValueError, match="fit: got 'no such', allowed: base S"):
+    with pytest.raises(ValueError, match="fit: got 'no such', allowed: base S1 n=0"):
         chosen(measured, ["no such"])
 
 
