@@ -174,7 +174,7 @@ def test_arrivals_do_not_wait_for_a_server_that_does_not_answer(path: Path) -> N
 def test_a_request_that_is_not_answered_ends_by_its_own_timeout(path: Path) -> None:
     outcomes, _ = drive(trace_of(10, every_s=0.05), path, hangs, timeout_s=0.5)
     assert {outcome.error_kind for outcome in outcomes} == {"timeout"}
-    assert all(o.ended_s - (o.sent_s or 0) > 0.49 for o in outcomes)
+    assert all(0.49 < o.ended_s - (o.sent_s or 0) < 10 for o in outcomes)
 
 
 def test_no_more_connections_are_open_than_allowed_and_waiting_counts_as_latency(
